@@ -1,0 +1,195 @@
+"""LoRA: a frozen linear layer W x plus a trainable low-rank update (alpha / r) B A x.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. The MoLEx paper fine-tunes
+with LoRA on the query and value projections of every layer (Tables 5 and 6).
+
+    add_lora(model, r=4, alpha=32)      one function to add,
+    merge(model); unmerge(model)        one to fold B A into W (faster) and one to take it out again,
+    remove(model)                       one to drop it;
+    save_lora(model, folder)            and peft's own files, so that what is trained here loads
+    load_lora(model, folder)            there, over the transformers model, and the other way round.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import ClassificationHead, InputError, Transformer
+
+
+class LoRA(nn.Module):
+    """A linear layer (in -> out) with an update of rank r. B starts at zero: no change at first."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.r, self.alpha, self.dropout, self.merged = base, r, alpha, dropout, False
+        like = dict(dtype=base.weight.dtype, device=base.weight.device)
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear, and as the LoRA code
+
+    def delta(self) -> Tensor:
+        """The update to the weight, (out, in)."""
+        return self.alpha / self.r * (self.B @ self.A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base(x)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        return self.base(x) + F.linear(low, self.B) * (self.alpha / self.r)
+
+
+def add_lora(
+    model: Transformer,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] = ("q", "v"),
+) -> Transformer:
+    """Put a LoRA on the `targets` (of q, k, v, o) of every layer; all else but a new task head is
+    frozen. Changes the model and returns it."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if isinstance(model.head, ClassificationHead):
+        model.head.requires_grad_(True)
+    for block in model.layers.blocks:
+        for name in targets:
+            setattr(block.attn, name, LoRA(getattr(block.attn, name), r, alpha, dropout))
+    return model
+
+
+def loras(model: nn.Module) -> dict[str, LoRA]:
+    """Every LoRA in the model, by name ("layers.blocks.0.attn.q")."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """W <- W + (alpha / r) B A: the adapted model at the cost of the plain one."""
+    for lora in loras(model).values():
+        if not lora.merged:
+            lora.base.weight += lora.delta()
+        lora.merged = True
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge` (up to rounding)."""
+    for lora in loras(model).values():
+        if lora.merged:
+            lora.base.weight -= lora.delta()
+        lora.merged = False
+
+
+def remove(model: nn.Module) -> None:
+    """Put the plain linear layers back. After `merge` they keep the update, else it is dropped."""
+    for name, lora in loras(model).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, lora.base)
+
+
+# -------------------------------------------------------------------------------------- peft's files
+
+PEFT_MODULE = {  # where peft finds the projection of layer {i} in the transformers model
+    "gpt2": "transformer.h.{i}.attn.{p}",
+    "roberta": "roberta.encoder.layer.{i}.attention.self.{p}",
+    "llama": "model.layers.{i}.self_attn.{p}",
+}
+PEFT_PROJECTION = {
+    "gpt2": {},  # q, k and v are one projection there, c_attn: see `fuse`
+    "roberta": {"q": "query", "k": "key", "v": "value"},
+    "llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+}
+
+
+def fuse(q: LoRA, v: LoRA) -> tuple[Tensor, Tensor]:
+    """One LoRA of rank 2r for GPT-2's c_attn, whose output stacks q, k and v.
+
+    A holds q's rows above v's; B is block-shaped, with zeros for k. With alpha doubled as well, the
+    scale alpha / r is the same.
+    """
+    D, r = q.B.shape
+    B = q.B.new_zeros(3 * D, 2 * r)
+    B[:D, :r], B[2 * D :, r:] = q.B.detach(), v.B.detach()
+    return torch.cat([q.A, v.A]).detach(), B
+
+
+def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
+    """Write adapter_config.json and adapter_model.safetensors as peft does. `base` is the name of
+    the pretrained model, noted in the config. GPT-2 takes LoRA on q and v only."""
+    family, tensors, found = model.config.family, {}, loras(model)
+    if not found:
+        raise InputError("the model has no LoRA to save; call add_lora first")
+    names = sorted({name.rpartition(".")[2] for name in found})
+    one = next(iter(found.values()))
+    if family == "gpt2" and names != ["q", "v"]:
+        raise InputError("for GPT-2, peft's format is written for LoRA on q and v only")
+    factor = 2 if family == "gpt2" else 1
+    for i, block in enumerate(model.layers.blocks):
+        if family == "gpt2":
+            pairs = {"c_attn": fuse(block.attn.q, block.attn.v)}
+        else:
+            pairs = {
+                PEFT_PROJECTION[family][p]: (getattr(block.attn, p).A, getattr(block.attn, p).B)
+                for p in names
+            }
+        for p, (A, B) in pairs.items():
+            key = "base_model.model." + PEFT_MODULE[family].format(i=i, p=p)
+            tensors[f"{key}.lora_A.weight"] = A.detach().cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = B.detach().cpu().contiguous()
+    config = dict(
+        peft_type="LORA", base_model_name_or_path=base, task_type=None, inference_mode=True,
+        r=one.r * factor, lora_alpha=one.alpha * factor, lora_dropout=one.dropout, bias="none",
+        fan_in_fan_out=family == "gpt2", target_modules=sorted(pairs),
+    )  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_lora(model: Transformer, folder: Path) -> Transformer:
+    """Add the LoRA in peft's folder to a model without one. Raises InputError if they do not fit."""
+    folder, family = Path(folder), model.config.family
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no LoRA in peft's format ({error!r})") from error
+    state = {}
+    for key, w in tensors.items():
+        match = re.search(r"\.(\d+)\.\S*?(\w+)\.lora_([AB])\.weight$", key)
+        if match is None:
+            raise InputError(f"{folder} adapts {key}, which is not a LoRA on q, k, v or o")
+        i, module, side = match.groups()
+        if family == "gpt2" and module == "c_attn":  # the inverse of `fuse`
+            half = w.shape[side == "B"] // 2
+            D = model.config.d_model
+            blocks = (w[:half], w[half:]) if side == "A" else (w[:D, :half], w[2 * D :, half:])
+            if side == "B" and sum(b.count_nonzero() for b in blocks) != w.count_nonzero():
+                raise InputError(f"{folder}: the LoRA on {key} is not one for q and one for v")
+            pairs = zip("qv", blocks, strict=True)
+        else:
+            ours = {theirs: p for p, theirs in PEFT_PROJECTION[family].items()}.get(module)
+            if ours is None:
+                raise InputError(f"{folder} adapts {module}, which is not q, k, v or o here")
+            pairs = [(ours, w)]
+        state.update({f"layers.blocks.{i}.attn.{p}.{side}": x for p, x in pairs})
+    targets = tuple(sorted({name.split(".")[-2] for name in state}))
+    factor = 2 if family == "gpt2" else 1
+    add_lora(model, r // factor, alpha / factor, dropout, targets)
+    own = {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
+    if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
+        raise InputError(f"the LoRA in {folder} was made for a model of another shape")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(state[name])
+    return model

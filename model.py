@@ -1,0 +1,558 @@
+"""The transformer, written by hand: GPT-2, RoBERTa and Llama in one small set of modules.
+
+This is the backbone of section 2.1 of the MoLEx paper: T layers that each add an update to the
+hidden state, z_{t+1} = z_t + u_t(z_t) (Eq. 3). Every layer, residual included, is one `Block`;
+`Layers` runs them in order, and molex.py replaces `Layers` by its own version of that loop.
+
+    gpt2      pre-norm, learned positions, GELU            (Radford et al., 2019)
+    roberta   post-norm, learned positions, bidirectional  (Liu et al., 2019)
+    llama     pre-norm RMSNorm, rotary positions, SwiGLU,
+              grouped-query attention                      (Dubey et al., 2024)
+
+`load("gpt2-medium")` or `load("a/folder")` reads a checkpoint in the Hugging Face layout. Loading
+is strict: every parameter is filled and every tensor used or known to be redundant, or it stops.
+
+    python -c "from model import load; print(load('nano/gpt2'))"
+"""
+
+import json
+import math
+import pickle
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+class InputError(ValueError):
+    """Something the user can put right; the command line prints it in one line and exits with 2."""
+
+
+# ------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, in one vocabulary for the three families."""
+
+    family: str  # "gpt2", "roberta" or "llama"
+    vocab_size: int
+    n_layer: int  # T in the paper
+    n_head: int
+    n_kv_head: int  # fewer than n_head: grouped-query attention
+    d_model: int  # D in the paper
+    d_head: int
+    d_ff: int
+    max_positions: int  # longest sequence, in tokens
+    norm_eps: float
+    activation: str
+    tied: bool  # the LM head shares the token embedding
+    bias: bool = True  # biases in the projections
+    dropout: float = 0.0
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    rope: dict = field(default_factory=dict)  # rotary theta and, for Llama 3, its scaling
+
+    @classmethod
+    def from_hf(cls, c: dict) -> "Config":
+        """Read the dictionary in a Hugging Face config.json. Raises InputError if unsupported."""
+        family = c.get("model_type")
+        if family not in ("gpt2", "roberta", "llama"):
+            raise InputError(f"model_type {family!r} is not supported; use gpt2, roberta or llama")
+        names = {
+            "gpt2": ("n_embd", "n_layer", "n_head", "n_positions", "layer_norm_epsilon"),
+            "roberta": ("hidden_size", "num_hidden_layers", "num_attention_heads",
+                        "max_position_embeddings", "layer_norm_eps"),
+            "llama": ("hidden_size", "num_hidden_layers", "num_attention_heads",
+                      "max_position_embeddings", "rms_norm_eps"),
+        }[family]  # fmt: skip
+        missing = [n for n in ("vocab_size", *names) if n not in c]
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}")
+        d_model, n_layer, n_head, max_positions, norm_eps = (c[n] for n in names)
+        eos = c.get("eos_token_id")
+        common = dict(
+            family=family, vocab_size=c["vocab_size"], n_layer=n_layer, n_head=n_head,
+            n_kv_head=c.get("num_key_value_heads") or n_head, d_model=d_model,
+            d_head=c.get("head_dim") or d_model // n_head, norm_eps=norm_eps,
+            bos=c.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) else eos,
+        )  # fmt: skip
+        unsupported = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "is_decoder")
+        for name in unsupported:
+            if c.get(name):
+                raise InputError(f"config.json sets {name}, which is not supported")
+        if family == "gpt2":
+            return cls(
+                **common, d_ff=c.get("n_inner") or 4 * d_model, max_positions=max_positions,
+                activation=c.get("activation_function", "gelu_new"),
+                tied=c.get("tie_word_embeddings", True), dropout=c.get("resid_pdrop", 0.1),
+                pad=c.get("pad_token_id"),
+            )  # fmt: skip
+        if family == "roberta":
+            pad = c.get("pad_token_id", 1)
+            return cls(  # RoBERTa numbers its positions from pad + 1
+                **common, d_ff=c["intermediate_size"], max_positions=max_positions - pad - 1,
+                activation=c.get("hidden_act", "gelu"), tied=c.get("tie_word_embeddings", True),
+                dropout=c.get("hidden_dropout_prob", 0.1), pad=pad,
+            )  # fmt: skip
+        rope = c.get("rope_parameters") or {
+            **(c.get("rope_scaling") or {}),
+            "rope_theta": c.get("rope_theta", 10000.0),
+        }
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise InputError(f"rope_type {rope_type!r} is not supported; use default or llama3")
+        return cls(
+            **common, d_ff=c["intermediate_size"], max_positions=max_positions,
+            activation=c.get("hidden_act", "silu"), tied=c.get("tie_word_embeddings", False),
+            bias=c.get("attention_bias", False), pad=c.get("pad_token_id"),
+            rope={**rope, "rope_type": rope_type},
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------- what the layers of one pass share
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, one pair per (slot t, layer that runs there).
+
+    In a plain transformer layer t runs in slot t; in MoLEx other layers run there as well. `route`
+    is where molex.py keeps the layers it chose for each slot, one list for the batch or one per
+    sequence. `real` marks the tokens (B, S) that are not padding.
+    """
+
+    def __init__(self) -> None:
+        self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.rows: dict[tuple[int, int], Tensor | None] = {}  # None: every sequence of the batch
+        self.route: dict[int, list[list[int]]] = {}
+        self.real: Tensor | None = None
+
+    def append(self, key: tuple[int, int], k: Tensor, v: Tensor, rows: Tensor | None):
+        """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
+        if key in self.kv:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kv[key], (k, v), strict=True))
+        self.kv[key], self.rows[key] = (k, v), rows
+        return k, v
+
+    def select(self, index: Tensor) -> None:
+        """Make row i of the batch what row index[i] was: repeats, reorders or drops sequences."""
+        batch = len(self.real)
+        self.real = self.real[index]
+        for t, picks in self.route.items():
+            if len(picks) > 1:
+                self.route[t] = [picks[i] for i in index.tolist()]
+        for key, (k, v) in self.kv.items():
+            local, rows = index, self.rows[key]
+            if rows is not None:  # only some sequences run this layer: find them in the new batch
+                place = index.new_full((batch,), -1)
+                place[rows] = torch.arange(len(rows), device=index.device)
+                local = place[index]
+                self.rows[key] = (local >= 0).nonzero().flatten()
+                local = local[self.rows[key]]
+            self.kv[key] = k[local], v[local]
+
+
+@dataclass
+class Context:
+    """What every layer of one forward pass shares: B sequences of N tokens, S with those before."""
+
+    real: Tensor  # (B, N) bool, False for padding
+    prompt: Tensor  # (B, N) bool, the real tokens that are given rather than generated
+    mask: Tensor | None  # (B, 1, N, S) bool, who may look at whom; None: no padding
+    causal: bool  # True: with mask None, tokens look only at earlier ones
+    rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d_head)
+    cache: Cache | None = None
+    rows: Tensor | None = None  # which sequences of the batch these are; None: all
+
+    def take(self, rows: Tensor) -> "Context":
+        """The same for some sequences of the batch only."""
+        pick = lambda x: None if x is None else x[rows]  # noqa: E731
+        rope = self.rope and tuple(x[rows] for x in self.rope)
+        return replace(self, real=self.real[rows], prompt=self.prompt[rows], mask=pick(self.mask),
+                       rope=rope, rows=rows)  # fmt: skip
+
+
+def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles (Su et al., 2021) for (B, N) positions."""
+    r, d = config.rope, config.d_head
+    inverse = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
+    freq = 1.0 / r["rope_theta"] ** inverse
+    if r["rope_type"] == "llama3":
+        # Llama 3.1 stretches the slow waves by `factor`, keeps the fast ones, blends in between.
+        wavelength = 2 * math.pi / freq
+        low, high = r["low_freq_factor"], r["high_freq_factor"]
+        waves = r["original_max_position_embeddings"] / wavelength
+        keep = ((waves - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / r["factor"]
+    angles = positions[:, None, :, None].float() * torch.cat([freq, freq])
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (x_i, x_{i + d/2}) of each head by their angle."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * rope[0] + torch.cat([-b, a], dim=-1) * rope[1]).type_as(x)
+
+
+# ------------------------------------------------------------------------------------------ modules
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def norm(config: Config) -> nn.Module:
+    kind = nn.RMSNorm if config.family == "llama" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v are separate projections in all three families."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c, self.config = config, config
+        self.q = nn.Linear(c.d_model, c.n_head * c.d_head, bias=c.bias)
+        self.k = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.bias)
+        self.v = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.bias)
+        self.o = nn.Linear(c.n_head * c.d_head, c.d_model, bias=c.bias)
+
+    def forward(self, x: Tensor, ctx: Context, key: tuple[int, int]) -> Tensor:
+        B, N, _ = x.shape
+        # (B, N, heads * d) -> (B, heads, N, d)
+        q, k, v = (p(x).view(B, N, -1, self.config.d_head).transpose(1, 2)
+                   for p in (self.q, self.k, self.v))  # fmt: skip
+        if ctx.rope is not None:
+            q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+        if ctx.cache is not None:
+            k, v = ctx.cache.append(key, k, v, ctx.rows)
+        groups = self.config.n_head // self.config.n_kv_head
+        if groups > 1:  # grouped-query attention: neighbouring heads share a key and a value
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.o(y.transpose(1, 2).reshape(B, N, -1))
+
+
+class MLP(nn.Module):
+    """Two projections with an activation between, or SwiGLU's three (Shazeer, 2020)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        bias, self.act = config.family != "llama", ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if not bias else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer, z -> z + u_j(z). Attention, then MLP, each with its residual and its norm."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        self.index, self.post_norm, self.dropout = index, config.family == "roberta", config.dropout
+        self.norm1, self.attn = norm(config), Attention(config)
+        self.norm2, self.mlp = norm(config), MLP(config)
+
+    def forward(self, z: Tensor, ctx: Context, slot: int) -> Tensor:
+        """(B, N, D) -> (B, N, D). `slot` is where in the stack the layer runs: its own index in a
+        plain transformer, any other in MoLEx."""
+        key = (slot, self.index)
+        drop = lambda x: F.dropout(x, self.dropout, self.training)  # noqa: E731
+        if self.post_norm:
+            z = self.norm1(z + drop(self.attn(z, ctx, key)))
+            return self.norm2(z + drop(self.mlp(z)))
+        z = z + drop(self.attn(self.norm1(z), ctx, key))
+        return z + drop(self.mlp(self.norm2(z)))
+
+
+class Layers(nn.Module):
+    """The plain stack of T layers, Eq. 3."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+
+    def forward(self, z: Tensor, ctx: Context) -> Tensor:
+        for t, block in enumerate(self.blocks):
+            z = block(z, ctx, slot=t)
+        return z
+
+
+class MaskedLMHead(nn.Module):
+    """RoBERTa's head; its last projection is the token embedding plus a bias."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(config.d_model, config.d_model), norm(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(h))), embedding, self.bias)
+
+
+class ClassificationHead(nn.Module):
+    """RoBERTa's dense, tanh, output on the first token (<s>), or on a decoder's last real one."""
+
+    def __init__(self, config: Config, labels: int) -> None:
+        super().__init__()
+        self.family, self.dropout = config.family, config.dropout
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.out = nn.Linear(config.d_model, labels)
+
+    def forward(self, h: Tensor, real: Tensor) -> Tensor:
+        if self.family == "roberta":
+            h = h[:, 0]
+        else:
+            last = (real * torch.arange(real.shape[1], device=h.device)).argmax(dim=1)
+            h = h[torch.arange(len(h), device=h.device), last]
+        h = torch.tanh(self.dense(F.dropout(h, self.dropout, self.training)))
+        return self.out(F.dropout(h, self.dropout, self.training))
+
+
+class Transformer(nn.Module):
+    """Embeddings, T layers, a head.
+
+    head: "lm" (next or masked token), "none" (hidden states only), or a number of labels (a
+    classification head; one label is a regression).
+    """
+
+    def __init__(self, config: Config, head: str | int = "lm") -> None:
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise InputError(f"activation {config.activation!r} is not one of {[*ACTIVATIONS]}")
+        c, self.config = config, config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        if c.family != "llama":
+            offset = c.pad + 1 if c.family == "roberta" else 0
+            self.positions = nn.Embedding(c.max_positions + offset, c.d_model)
+        if c.family == "roberta":
+            self.token_type = nn.Embedding(1, c.d_model)  # always segment 0: one row to add
+        self.norm = norm(c)  # RoBERTa's stands after the embeddings, the others' after the layers
+        self.layers = Layers(c)
+        self.head = None
+        if isinstance(head, int):
+            self.head = ClassificationHead(c, head)
+        elif head == "lm" and c.family == "roberta":
+            self.head = MaskedLMHead(c)
+        elif head == "lm" and not c.tied:
+            self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Token ids (B, N) -> final hidden states (B, N, D).
+
+        mask: (B, N) bool, False for padding, on either side; None: no padding.
+        prompt: (B, N) bool, the tokens that are given rather than generated; None: all real ones.
+        cache: keys and values of the tokens before these; filled as a side effect.
+        Raises InputError if the sequence is longer than the model has positions.
+        """
+        c, (B, N) = self.config, ids.shape
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        seen, past, padded = real, 0, mask is not None
+        if cache is not None:
+            if cache.real is not None:
+                past, seen = cache.real.shape[1], torch.cat([cache.real, real], dim=1)
+            padded, cache.real = True, seen
+        if past + N > c.max_positions:
+            raise InputError(
+                f"{past + N} tokens are more than the {c.max_positions} positions of the model"
+            )
+        attention = None
+        if padded and (N > 1 or past):
+            attention = seen[:, None, None, :].expand(B, 1, N, past + N)
+            if c.family != "roberta":
+                attention = attention & torch.ones_like(attention).tril(past)
+            # A padding token sees itself, so that no row of the softmax is empty (NaN).
+            itself = torch.eye(N, past + N, dtype=torch.bool, device=ids.device)
+            attention = attention | itself.roll(past, dims=1)
+        position = (seen.cumsum(1)[:, past:] - 1).clamp(min=0)  # (B, N), padding does not count
+        rope = rope_angles(c, position) if c.family == "llama" else None
+        prompt = real if prompt is None else prompt.bool() & real
+        causal = c.family != "roberta" and N > 1
+        ctx = Context(real, prompt, attention, causal, rope, cache)
+
+        z = self.embed(ids)
+        if c.family == "gpt2":
+            z = z + self.positions(position)
+        if c.family == "roberta":
+            z = z + self.positions((position + 1) * real + c.pad) + self.token_type.weight[0]
+            z = self.norm(z)
+        z = self.layers(F.dropout(z, c.dropout, self.training), ctx)
+        return z if c.family == "roberta" else self.norm(z)
+
+    def logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
+        """Hidden states (..., D) -> (..., vocabulary); with a classification head (B, N, D) and the
+        (B, N) mask of real tokens -> (B, labels)."""
+        if isinstance(self.head, ClassificationHead):
+            return self.head(h, h.new_ones(h.shape[:2]) if real is None else real)
+        if isinstance(self.head, MaskedLMHead):
+            return self.head(h, self.embed.weight)
+        return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels). See `hidden`."""
+        return self.logits(self.hidden(ids, mask, prompt, cache), mask)
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+# Hugging Face's tensor names, rewritten to ours in this order.
+RENAME = {
+    "gpt2": [
+        (r"^transformer\.", ""), (r"^wte\.", "embed."), (r"^wpe\.", "positions."),
+        (r"^ln_f\.", "norm."), (r"^lm_head\.", "head."), (r"^h\.", "layers.blocks."),
+        (r"\.ln_(\d)\.", r".norm\1."), (r"\.attn\.c_proj\.", ".attn.o."),
+        (r"\.mlp\.c_fc\.", ".mlp.up."), (r"\.mlp\.c_proj\.", ".mlp.down."),
+    ],
+    "roberta": [
+        (r"^roberta\.", ""), (r"^embeddings\.word_embeddings\.", "embed."),
+        (r"^embeddings\.position_embeddings\.", "positions."),
+        (r"^embeddings\.token_type_embeddings\.", "token_type."),
+        (r"^embeddings\.LayerNorm\.", "norm."), (r"^encoder\.layer\.", "layers.blocks."),
+        (r"\.attention\.self\.([qkv])\w+\.", r".attn.\1."),
+        (r"\.attention\.output\.dense\.", ".attn.o."),
+        (r"\.attention\.output\.LayerNorm\.", ".norm1."), (r"\.intermediate\.dense\.", ".mlp.up."),
+        (r"\.output\.dense\.", ".mlp.down."), (r"\.output\.LayerNorm\.", ".norm2."),
+        (r"^lm_head\.layer_norm\.", "head.norm."), (r"^lm_head\.decoder\.", "decoder."),
+        (r"^lm_head\.", "head."), (r"^classifier\.out_proj\.", "head.out."),
+        (r"^classifier\.", "head."),
+    ],
+    "llama": [
+        (r"^model\.", ""), (r"^embed_tokens\.", "embed."), (r"^lm_head\.", "head."),
+        (r"^layers\.(\d)", r"layers.blocks.\1"), (r"\.self_attn\.([qkvo])_proj\.", r".attn.\1."),
+        (r"\.mlp\.(\w+)_proj\.", r".mlp.\1."), (r"\.input_layernorm\.", ".norm1."),
+        (r"\.post_attention_layernorm\.", ".norm2."),
+    ],
+}  # fmt: skip
+# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler, and
+# the output embedding where it is the input embedding again.
+REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$|^decoder\."
+
+
+def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Hugging Face's state dict as ours: names, GPT-2's transposed and fused projections."""
+    out = {}
+    for name, w in tensors.items():
+        for pattern, new in RENAME[config.family]:
+            name = re.sub(pattern, new, name)
+        if re.search(REDUNDANT, name) or (name == "head.weight" and config.tied):
+            continue
+        if config.family == "gpt2" and re.search(r"\.(attn|mlp)\.\w+\.weight$", name):
+            w = w.t()  # GPT-2 stores these as (in, out)
+        if ".attn.c_attn." in name:  # q, k and v in one
+            for part, piece in zip("qkv", w.chunk(3), strict=True):
+                out[name.replace("c_attn", part)] = piece
+        elif name == "token_type.weight":
+            out[name] = w[:1]
+        else:
+            out[name] = w
+    return out
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    legacy, files = folder / "pytorch_model.bin", []
+    if index.exists():
+        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+    elif single.exists():
+        files = [single]
+    elif not legacy.exists():
+        raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
+    tensors = {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as f:
+                tensors.update((name, f.get_tensor(name)) for name in f.keys())
+        return tensors or torch.load(legacy, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the weights in {folder} cannot be read: {reason}") from error
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A local folder, or a hub name such as "gpt2-medium", downloaded once and cached."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
+    wanted = ["*.json", "*.safetensors", "merges.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {name!r} is neither a folder nor to be had from the hub ({reason})"
+        ) from error
+
+
+def read_config(folder: Path) -> Config:
+    """The Config in a checkpoint folder. Raises InputError if it is missing or unsupported."""
+    try:
+        return Config.from_hf(json.loads((folder / "config.json").read_text("utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from error
+
+
+def load(name: str, head: str | int = "lm", dropout: float | None = None) -> Transformer:
+    """A pretrained model from a folder or the hub, in float32 on the CPU, in evaluation mode.
+
+    head: see `Transformer`. A classification head is new unless the checkpoint carries one.
+    dropout: replaces the checkpoint's own.
+    Raises InputError, naming the tensors, unless checkpoint and model fit exactly.
+    """
+    folder = checkpoint_folder(name)
+    config = read_config(folder)
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
+    with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter
+        model = Transformer(config, head)
+    wanted = model.state_dict()
+    have = convert(read_tensors(folder), config)
+    head_names = {n for n in wanted if n.startswith("head.")}
+    fits = all(n in have and have[n].shape == wanted[n].shape for n in head_names)
+    if head != "lm" and not (fits and head_names):  # the checkpoint's head is for something else
+        have = {n: w for n, w in have.items() if not n.startswith("head.")}
+        if head_names:
+            fresh = ClassificationHead(config, head).state_dict()
+            have.update({"head." + n: w for n, w in fresh.items()})
+    missing, extra = wanted.keys() - have.keys(), have.keys() - wanted.keys()
+    wrong = [n for n in wanted.keys() & have.keys() if wanted[n].shape != have[n].shape]
+    for what, names in [("lacks", missing), ("has unknown", extra), ("has misshapen", wrong)]:
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            sizes = [f" {tuple(have[n].shape)}, not {tuple(wanted[n].shape)}" for n in wrong[:1]]
+            detail = "".join(sizes) if names is wrong else ""
+            raise InputError(f"{folder} {what} {len(names)} tensor(s): {first}{detail}")
+    have = {n: w.float().contiguous() for n, w in have.items()}
+    model.load_state_dict(have, assign=True)
+    return model.eval()

@@ -1,0 +1,272 @@
+"""MoLEx: every layer of a pretrained model also runs one more layer, picked by a gate (section 2.2).
+
+    z_{t+1} = z_t + alpha u_t(z_t) + (1 - alpha) sum_j w_j u_j(z_t)                         (Eq. 4)
+
+u_j(z) = block_j(z) - z is the update of layer j, alpha = 0.95, and the sum runs over the K layers
+(K = 1) that the gate has chosen among all T. Layers are shared, not copied ("sparse upcycling"):
+the only new parameters are the gate's and, if learned, alpha.
+
+    model = upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig())
+
+`MoLEx` takes the place of model.py's `Layers`, so nothing else changes. Where the paper is silent:
+
+- Every token scores all layers, but one decision holds for the whole batch ("batch routing",
+  appendix B.1) - or for each sequence, with route="sequence", and then a prediction does not depend
+  on what else is in the batch. Padding never votes.
+- In a language model only the prompt votes. Later tokens must not decide how earlier ones are
+  read, and at generation they do not exist yet. The decision is then held while the answer is
+  written, which keeps the key/value cache exact: one per (slot, layer that runs there).
+- alpha = 1, or a gate that picks layer t in slot t, gives back the LoRA model bit for bit.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Context, InputError, Transformer
+
+
+@dataclass(frozen=True)
+class MoLExConfig:
+    """The gate of Tables 5 and 6. The defaults are the paper's for E2E."""
+
+    gate: str = "linear"  # "linear": W z + b (section 2.2); "cosine": "Cos" in Table 5
+    proj_dim: int = 128  # of the cosine gate
+    activation: str = "softmax"  # scores to affinities; "sigmoid": the suffix "Sig"
+    individual: bool = False  # a gate and an alpha for every layer, or one for all
+    vote: str = "mode"  # "Batch Agg": "mode" or "mean"
+    top_k: int = 1  # K
+    alpha: float = 0.95  # where it starts, if learned
+    learn_alpha: bool = False  # "Mixing Weights"
+    weight: str = "renormalised"  # or "prob": two readings of w_j, see `MoLEx.weights`
+    route: str = "batch"  # who decides: the "batch" or each "sequence"
+    layers: tuple[int, ...] | None = None  # slots that mix (Table 6: 0 to 11); None: all
+
+    def check(self, T: int) -> None:
+        """Raise InputError unless this fits a model of T layers."""
+        choices = dict(gate=("linear", "cosine"), activation=("softmax", "sigmoid"),
+                       vote=("mode", "mean"), weight=("renormalised", "prob"),
+                       route=("batch", "sequence"))  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}, not one of {allowed}")
+        if not 1 <= self.top_k <= T:
+            raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
+        if self.layers is not None and not set(self.layers) <= set(range(T)):
+            raise InputError(
+                f"layers {min(self.layers)}-{max(self.layers)} are to mix, but the model has"
+                f" layers 0-{T - 1}"
+            )
+        inside = 0 < self.alpha < 1 if self.learn_alpha else 0 <= self.alpha <= 1
+        if not inside:
+            raise InputError(f"alpha is {self.alpha}, not between 0 and 1")
+
+
+class LinearGate(nn.Linear):
+    """g(z) = W z + b, section 2.2. (..., D) -> (..., T)."""
+
+
+class CosineGate(nn.Module):
+    """The router of X-MoE (Chi et al., 2022): project z, take the cosine with one learned embedding
+    per layer, divide by a learned temperature. (..., D) -> (..., T)."""
+
+    def __init__(self, d_model: int, T: int, proj_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, proj_dim, bias=False)
+        self.layer = nn.Parameter(torch.randn(T, proj_dim))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.3)))  # the logarithm: stays > 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        cosine = F.normalize(self.project(z), dim=-1) @ F.normalize(self.layer, dim=-1).T
+        return cosine / self.log_temperature.exp().clamp(min=0.01)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Under data parallelism N processes decide what one with the whole batch would."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+class MoLEx(nn.Module):
+    """The stack of layers, Eq. 4; a drop-in for `model.Layers` over the same blocks.
+
+    After a forward pass in training mode `load_balance` is the loss of Fedus et al. (2022), averaged
+    over the layers that mix. `counts[t, j]` is how many sequences have run layer j in slot t.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, d_model: int, config: MoLExConfig) -> None:
+        super().__init__()
+        T = len(blocks)
+        config.check(T)
+        self.blocks, self.config = blocks, config
+        self.slots = sorted(set(range(T) if config.layers is None else config.layers))
+        copies = len(self.slots) if config.individual else 1
+        self.gates = nn.ModuleList(
+            LinearGate(d_model, T) if config.gate == "linear"
+            else CosineGate(d_model, T, config.proj_dim) for _ in range(copies)
+        )  # fmt: skip
+        if config.learn_alpha:  # a free parameter behind a sigmoid stays a mixture at any step size
+            start = math.log(config.alpha / (1 - config.alpha))
+            self.alpha_logit = nn.Parameter(torch.full((copies,), start))
+        self.load_balance: Tensor | None = None
+        self.counts = torch.zeros(T, T, dtype=torch.long)
+        self.side: torch.cuda.Stream | None = None
+
+    def alpha(self, t: int) -> Tensor | float:
+        """The share of the slot's own layer."""
+        if not self.config.learn_alpha:
+            return self.config.alpha
+        return self.alpha_logit[self.copy(t)].sigmoid()
+
+    def copy(self, t: int) -> int:
+        """Which gate and alpha slot t uses."""
+        return self.slots.index(t) if self.config.individual else 0
+
+    def forward(self, z: Tensor, ctx: Context) -> Tensor:
+        self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
+        if z.is_cuda:
+            self.side = self.side or torch.cuda.Stream(z.device)
+            for x in (ctx.real, ctx.prompt, ctx.mask, *(ctx.rope or ())):
+                if x is not None:  # not to be reused before both streams are done with it
+                    x.record_stream(self.side)
+        for t, block in enumerate(self.blocks):
+            z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
+        return z
+
+    def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
+        """One slot of Eq. 4, (B, N, D) -> (B, N, D).
+
+        On CUDA the slot's own layer runs on the current stream while the gate and the layers it
+        chooses run on a second one. Their names have to reach the CPU, which starts them, but that
+        waits for the second stream alone. On the CPU one runs after the other.
+        """
+        if z.is_cuda:
+            main = torch.cuda.current_stream(z.device)
+            self.side.wait_stream(main)
+            z.record_stream(self.side)
+        own = self.blocks[t](z, ctx, slot=t)
+        with torch.cuda.stream(self.side if z.is_cuda else None):  # None: no change of stream
+            log_a = self.log_affinity(t, z)
+            best = log_a.argmax(-1)
+            if self.training:
+                self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
+            picks = self.choose(t, log_a, best, ctx)
+            w = self.weights(log_a, picks)
+            others = self.run_others(t, z, ctx, picks)
+        if z.is_cuda:
+            main.wait_stream(self.side)
+            for x in (w, *(out for _, _, out in others)):
+                x.record_stream(main)
+        u = own - z
+        v = w[..., t, None] * u if any(t in pick for pick in picks) else torch.zeros_like(u)
+        for j, rows, out in others:
+            if rows is None:
+                v = v + w[..., j, None] * (out - z)
+            else:
+                v = v.index_add(0, rows, w[rows][..., j, None] * (out - z[rows]))
+        # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
+        return own + (1 - self.alpha(t)) * (v - u)
+
+    def log_affinity(self, t: int, z: Tensor) -> Tensor:
+        """log a_nj, how much each token would have each layer: (B, N, D) -> (B, N, T).
+
+        In float32 whatever the autocast, and as a logarithm, so that a token to which the chosen
+        layer is next to impossible still has finite weights.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            scores = self.gates[self.copy(t)](z.to(torch.promote_types(z.dtype, torch.float32)))
+            if self.config.activation == "softmax":
+                return scores.log_softmax(-1)
+            return F.logsigmoid(scores)
+
+    def balance(self, log_a: Tensor, best: Tensor, real: Tensor) -> Tensor:
+        """Load-balance loss of one slot, T sum_j f_j P_j over real tokens: f_j is the share of
+        tokens whose best layer is j, P_j the mean affinity. 1 where all layers fare alike."""
+        T = log_a.shape[-1]
+        f = sum_over_ranks((F.one_hot(best, T) * real[..., None]).sum((0, 1)).to(log_a.dtype))
+        tokens = f.sum()
+        P = (log_a.exp() * real[..., None]).sum((0, 1)) / tokens
+        return T * (f / tokens * P).sum() / len(self.slots)
+
+    def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
+        """The K layers that join slot t: one list for the batch, or one for each sequence.
+
+        Batch aggregation (appendix B.1): "mean" takes the layers of highest mean affinity; in "mode"
+        every token votes for its best layer, and ties go to the higher mean affinity. Then to the
+        lower index. Only prompt tokens vote, and a decision that the cache holds stands.
+        """
+        if ctx.cache is not None and t in ctx.cache.route:
+            return ctx.cache.route[t]
+        T, voter = log_a.shape[-1], ctx.prompt[..., None]
+        votes = (F.one_hot(best, T) * voter).sum(1).double()  # (B, T)
+        # in float64, where the order of summation (padding, ranks) does not turn a vote
+        means = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
+        tally = torch.stack([means, votes][: 1 if self.config.vote == "mean" else 2], dim=-1)
+        if self.config.route == "batch":
+            tally = tally.sum(0, keepdim=True)
+            if self.training:
+                tally = sum_over_ranks(tally)
+        picks = []
+        for scores in tally.tolist():
+            order = sorted(range(T), key=lambda j, s=scores: s[j][::-1], reverse=True)  # stable
+            picks.append(order[: self.config.top_k])
+            self.counts[t, picks[-1]] += len(log_a) // len(tally)
+        if ctx.cache is not None:
+            ctx.cache.route[t] = picks
+        return picks
+
+    def weights(self, log_a: Tensor, picks: list[list[int]]) -> Tensor:
+        """w_nj, (B, N, T), zero where layer j was not chosen. Two readings of the paper:
+
+        renormalised (Eq. 4, softmax after TopK): a_nj over the sum of the chosen a_n. For K = 1
+            that is 1, whatever the gate says, and the task could not teach it; so the gradient
+            passes straight through to a_nj, as if w were it.
+        prob (as in Switch, which appendix B follows elsewhere): a_nj itself. The task teaches the
+            gate, and the second update is the smaller the less sure the gate is.
+        """
+        index = torch.tensor(picks, device=log_a.device)[:, None].expand(*log_a.shape[:2], -1)
+        kept = log_a.gather(-1, index)  # (B, N, K)
+        if self.config.weight == "prob":
+            w = kept.exp()
+        else:
+            w = kept.softmax(-1)
+            if self.config.top_k == 1:
+                w = w + (kept.exp() - kept.exp().detach())
+        return torch.zeros_like(log_a).scatter(-1, index, w)
+
+    def run_others(
+        self, t: int, z: Tensor, ctx: Context, picks: list[list[int]]
+    ) -> list[tuple[int, Tensor | None, Tensor]]:
+        """(j, rows, block_j(z[rows])) for every chosen layer but t itself, which runs anyway. `rows`
+        are the sequences that chose j, None if all did."""
+        out = []
+        for j in sorted({j for pick in picks for j in pick} - {t}):
+            rows = [i for i, pick in enumerate(picks) if j in pick]
+            if len(rows) == len(picks):
+                out.append((j, None, self.blocks[j](z, ctx, slot=t)))
+            else:
+                rows = torch.tensor(rows, device=z.device)
+                out.append((j, rows, self.blocks[j](z[rows], ctx.take(rows), slot=t)))
+        return out
+
+
+def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
+    """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model, returns
+    it. The gate, and alpha if learned, are new and trainable; nothing else changes."""
+    like = model.embed.weight
+    molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
+    model.layers = molex.to(like.device)
+    return model.train(model.training)
+
+
+def gate_parameters(model: Transformer) -> list[nn.Parameter]:
+    """The gate's parameters and a learned alpha, empty for a model without MoLEx. They have their
+    own learning rate and weight decay (Table 5's text: 0.1 and 0.01)."""
+    if not isinstance(model.layers, MoLEx):
+        return []
+    return [p for n, p in model.layers.named_parameters() if not n.startswith("blocks.")]
