@@ -4,12 +4,20 @@ The tokenizer is tiktoken's byte-pair encoder over the checkpoint's own vocabula
 is data: a string that happens to contain "<|endoftext|>" is encoded as those thirteen characters.
 """
 
+import csv
 import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+import torch
+from torch import Tensor
 
-from model import Config, InputError
+from model import Config, InputError, locate
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -89,3 +97,228 @@ def word_pattern(spec: dict) -> str:
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         return steps[0]["pattern"]["Regex"]  # Llama 3
     raise InputError(f"pre_tokenizer {' + '.join(kinds)} is not a byte-level BPE known here")
+
+
+# ---------------------------------------------------------------------------------------------- E2E
+
+E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+E2E_HUB = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+# The names that Li & Liang (2021), and after them the LoRA paper, use in the prompt.
+E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
+
+def e2e_prompt(mr: str) -> str:
+    """A meaning representation as text: "name[Blue Spice], eatType[pub]" becomes
+    "name : Blue Spice | Type : pub". Raises InputError if it is malformed."""
+    if not re.fullmatch(r"\s*([^][,]+\[[^][]*\]\s*(,\s*|$))+", mr):
+        raise InputError(f"malformed MR {mr!r}; write it as name[Blue Spice], eatType[pub]")
+    pairs = re.findall(r"([^][,]+)\[([^][]*)\]", mr)
+    return " | ".join(
+        f"{E2E_NAMES.get(name.strip(), name.strip())} : {value.strip()}" for name, value in pairs
+    )
+
+
+def read_e2e(folder: Path | None, split: str) -> list[tuple[str, str]]:
+    """(MR, reference) pairs of one split ("train", "dev", "test") from the official CSV files in
+    `folder`, or from the challenge's repository if None. Raises InputError with file and line."""
+    if folder is None:
+        from datasets import load_dataset  # slow to import
+
+        try:
+            table = load_dataset("csv", data_files=E2E_HUB + E2E_FILES[split], split="train")
+        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
+            raise InputError(
+                f"the E2E data cannot be fetched ({str(error).splitlines()[0]}); get the CSV files"
+                " by other means and pass --data DIR"
+            ) from error
+        return list(zip(table["mr"], table["ref"], strict=True))
+    path = locate(folder) / E2E_FILES[split]
+    if not path.is_file():
+        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())}")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        absent = {"mr", "ref"} - set(reader.fieldnames or ())
+        if absent:
+            raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+        pairs = []
+        for row in reader:
+            try:
+                if not row["ref"] or not row["ref"].strip():
+                    raise InputError("the reference is empty")
+                e2e_prompt(row["mr"])
+            except InputError as error:
+                raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+            pairs.append((row["mr"], row["ref"]))
+    if not pairs:
+        raise InputError(f"{path} holds no examples")
+    return pairs
+
+
+def group_references(pairs: list[tuple[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Pairs as distinct MRs, in order of appearance, and the references of each."""
+    groups: dict[str, list[str]] = {}
+    for mr, ref in pairs:
+        groups.setdefault(mr, []).append(ref)
+    return list(groups), list(groups.values())
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to be learned, both as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt, ended by the end-of-text token as in the LoRA code."""
+    return [*tokenizer.encode(text), tokenizer.eos]
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int) -> list[Example]:
+    """Prompt and answer texts as Examples of at most `limit` tokens; longer answers are cut. The
+    answer starts with a space and ends with the end-of-text token. Raises InputError if a prompt
+    leaves no room for an answer."""
+    examples = []
+    for text, answer in pairs:
+        prompt = encode_prompt(tokenizer, text)
+        if len(prompt) >= limit:
+            raise InputError(f"a prompt of {len(prompt)} tokens leaves no room within {limit}")
+        ids = [*tokenizer.encode(" " + answer.strip()), tokenizer.eos]
+        examples.append(Example(prompt, ids[: limit - len(prompt)]))
+    return examples
+
+
+def shuffled_batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
+    """Indices in random batches of similar lengths, so that little is padding: shuffled, sorted by
+    length within stretches of 50 batches, and the batches shuffled again."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    stretch = 50 * batch_size
+    pieces = [
+        sorted(order[i : i + stretch].tolist(), key=lengths.__getitem__)
+        for i in range(0, len(order), stretch)
+    ]
+    batches = [p[i : i + batch_size] for p in pieces for i in range(0, len(p), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@dataclass
+class Batch:
+    """B sequences padded on the right to N tokens; M tokens of them are to be predicted."""
+
+    ids: Tensor  # (B, N)
+    mask: Tensor  # (B, N) bool, real tokens
+    prompt: Tensor  # (B, N) bool
+    where: Tensor  # (M,) places in the flattened (B * N) from which a target is predicted
+    target: Tensor  # (M,) the token that comes next there
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pad on the right. `where` is computed here, on the CPU, so that the loss needs no search for
+    its targets on the device. With no examples at all (a rank whose share of a batch is empty):
+    one sequence of padding, which neither votes nor counts."""
+    examples = examples or [Example([], [])]
+    N = max(1, max(len(e) for e in examples))
+    ids = torch.zeros(len(examples), N, dtype=torch.long)
+    mask, prompt = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    where, target = [], []
+    for i, e in enumerate(examples):
+        ids[i, : len(e)] = torch.tensor(e.prompt + e.answer)
+        mask[i, : len(e)] = True
+        prompt[i, : len(e.prompt)] = True
+        where += range(i * N + len(e.prompt) - 1, i * N + len(e) - 1)
+        target += e.answer
+    return Batch(ids, mask, prompt, torch.tensor(where).long(), torch.tensor(target).long())
+
+
+# ------------------------------------------------------------------ outputs and references to score
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The stripped lines of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def clean(value: str) -> str:
+    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
+    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
+        value = value.replace(wrong, right)
+    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
+
+
+def _read_table(path: Path, column: str) -> list[tuple[str, str]]:
+    """(MR, text) for each row of a .csv or .tsv file.
+
+    The text is the column called `column`, or else the only one beside MR. Without a header the
+    rows are MR, text. Raises InputError if a column or a value is missing.
+    """
+    lines = _read_lines(path)
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
+    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
+    names = [clean(name).lower() for name in rows[0]]
+    if "mr" in names or column in names:
+        del rows[0]
+    else:
+        names = ["mr", column]
+    if "mr" not in names or (column not in names and len(names) != 2):
+        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
+    mr = names.index("mr")
+    text = names.index(column) if column in names else 1 - mr
+    for row in rows:
+        if len(row) != len(names):
+            start = ", ".join(row)[:60]
+            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
+    return [(clean(row[mr]), clean(row[text])) for row in rows]
+
+
+def read_files(predictions: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+    """The predictions and, in the same order, their groups of references.
+
+    The formats are those of the challenge's script (see the top of eval.py), which reads a table
+    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
+    or if an MR has no prediction or a prediction no MR.
+    """
+    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    if tables[references]:
+        rows = groupby(_read_table(references, "ref"), key=lambda row: row[0])
+        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
+        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
+    else:
+        lines = _read_lines(references)
+        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
+        if len(groups) == 1:
+            groups = [[line] for line in groups[0]]
+    if not tables[predictions]:
+        return _read_lines(predictions), groups
+    rows = _read_table(predictions, "output")
+    if not tables[references]:
+        return [text for _, text in rows], groups
+    by_mr = defaultdict(list)
+    for mr, text in rows:
+        by_mr[mr].append(text)
+    outputs = []
+    for mr in mrs:
+        if not by_mr[mr]:
+            raise InputError(f"{predictions} has no output for the MR {mr!r}")
+        outputs.append(by_mr[mr].pop(0))
+    if left := [mr for mr, texts in by_mr.items() if texts]:
+        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
+    return outputs, groups

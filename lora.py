@@ -4,7 +4,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. The MoLEx
 with LoRA on the query and value projections of every layer (Tables 5 and 6).
 
     add_lora(model, r=4, alpha=32)      one function to add,
-    merge(model); unmerge(model)        one to fold B A into W (faster) and one to take it out again,
+    merge(model); unmerge(model)        one to fold B A into W (faster), one to take it out,
     remove(model)                       one to drop it;
     save_lora(model, folder)            and peft's own files, so that what is trained here loads
     load_lora(model, folder)            there, over the transformers model, and the other way round.
@@ -95,7 +95,7 @@ def remove(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), attribute, lora.base)
 
 
-# -------------------------------------------------------------------------------------- peft's files
+# ------------------------------------------------------------------------------------- peft's files
 
 PEFT_MODULE = {  # where peft finds the projection of layer {i} in the transformers model
     "gpt2": "transformer.h.{i}.attn.{p}",
@@ -156,7 +156,7 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
 
 
 def load_lora(model: Transformer, folder: Path) -> Transformer:
-    """Add the LoRA in peft's folder to a model without one. Raises InputError if they do not fit."""
+    """Add the LoRA in peft's folder to a model without one. InputError if they do not fit."""
     folder, family = Path(folder), model.config.family
     try:
         config = json.loads((folder / "adapter_config.json").read_text())

@@ -496,9 +496,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"the weights in {folder} cannot be read: {reason}") from error
 
 
+def locate(path: str | Path) -> Path:
+    """The path as given or, if nothing is there, beside these scripts ("nano/gpt2")."""
+    beside = Path(__file__).parent / path
+    return beside if beside.exists() and not Path(path).exists() else Path(path)
+
+
 def checkpoint_folder(name: str) -> Path:
     """A local folder, or a hub name such as "gpt2-medium", downloaded once and cached."""
-    folder = Path(name)
+    folder = locate(name)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # slow to import, and only needed here

@@ -1,4 +1,4 @@
-"""MoLEx: every layer of a pretrained model also runs one more layer, picked by a gate (section 2.2).
+"""MoLEx: every layer of a pretrained model also runs one more, picked by a gate (section 2.2).
 
     z_{t+1} = z_t + alpha u_t(z_t) + (1 - alpha) sum_j w_j u_j(z_t)                         (Eq. 4)
 
@@ -37,23 +37,23 @@ class MoLExConfig:
     gate: str = "linear"  # "linear": W z + b (section 2.2); "cosine": "Cos" in Table 5
     proj_dim: int = 128  # of the cosine gate
     activation: str = "softmax"  # scores to affinities; "sigmoid": the suffix "Sig"
-    individual: bool = False  # a gate and an alpha for every layer, or one for all
+    individual_gates: bool = False  # a gate and an alpha for every layer, or one for all
     vote: str = "mode"  # "Batch Agg": "mode" or "mean"
     top_k: int = 1  # K
     alpha: float = 0.95  # where it starts, if learned
     learn_alpha: bool = False  # "Mixing Weights"
-    weight: str = "renormalised"  # or "prob": two readings of w_j, see `MoLEx.weights`
+    gate_weight: str = "renormalised"  # or "prob": two readings of w_j, see `MoLEx.weights`
     route: str = "batch"  # who decides: the "batch" or each "sequence"
     layers: tuple[int, ...] | None = None  # slots that mix (Table 6: 0 to 11); None: all
 
     def check(self, T: int) -> None:
         """Raise InputError unless this fits a model of T layers."""
         choices = dict(gate=("linear", "cosine"), activation=("softmax", "sigmoid"),
-                       vote=("mode", "mean"), weight=("renormalised", "prob"),
+                       vote=("mode", "mean"), gate_weight=("renormalised", "prob"),
                        route=("batch", "sequence"))  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}, not one of {allowed}")
+                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
         if self.layers is not None and not set(self.layers) <= set(range(T)):
@@ -95,8 +95,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 class MoLEx(nn.Module):
     """The stack of layers, Eq. 4; a drop-in for `model.Layers` over the same blocks.
 
-    After a forward pass in training mode `load_balance` is the loss of Fedus et al. (2022), averaged
-    over the layers that mix. `counts[t, j]` is how many sequences have run layer j in slot t.
+    After a forward pass in training mode `load_balance` is the loss of Fedus et al. (2022),
+    averaged over the slots that mix. `counts[t, j]`: how many sequences had layer j chosen in t.
     """
 
     def __init__(self, blocks: nn.ModuleList, d_model: int, config: MoLExConfig) -> None:
@@ -105,7 +105,7 @@ class MoLEx(nn.Module):
         config.check(T)
         self.blocks, self.config = blocks, config
         self.slots = sorted(set(range(T) if config.layers is None else config.layers))
-        copies = len(self.slots) if config.individual else 1
+        copies = len(self.slots) if config.individual_gates else 1
         self.gates = nn.ModuleList(
             LinearGate(d_model, T) if config.gate == "linear"
             else CosineGate(d_model, T, config.proj_dim) for _ in range(copies)
@@ -125,7 +125,7 @@ class MoLEx(nn.Module):
 
     def copy(self, t: int) -> int:
         """Which gate and alpha slot t uses."""
-        return self.slots.index(t) if self.config.individual else 0
+        return self.slots.index(t) if self.config.individual_gates else 0
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
@@ -196,9 +196,9 @@ class MoLEx(nn.Module):
     def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
         """The K layers that join slot t: one list for the batch, or one for each sequence.
 
-        Batch aggregation (appendix B.1): "mean" takes the layers of highest mean affinity; in "mode"
-        every token votes for its best layer, and ties go to the higher mean affinity. Then to the
-        lower index. Only prompt tokens vote, and a decision that the cache holds stands.
+        Batch aggregation (appendix B.1): "mean" takes the layers of highest mean affinity; in
+        "mode" every token votes for its best layer, ties go to the higher mean affinity; then to
+        the lower index. Only prompt tokens vote, and a decision that the cache holds stands.
         """
         if ctx.cache is not None and t in ctx.cache.route:
             return ctx.cache.route[t]
@@ -231,7 +231,7 @@ class MoLEx(nn.Module):
         """
         index = torch.tensor(picks, device=log_a.device)[:, None].expand(*log_a.shape[:2], -1)
         kept = log_a.gather(-1, index)  # (B, N, K)
-        if self.config.weight == "prob":
+        if self.config.gate_weight == "prob":
             w = kept.exp()
         else:
             w = kept.softmax(-1)
@@ -242,8 +242,8 @@ class MoLEx(nn.Module):
     def run_others(
         self, t: int, z: Tensor, ctx: Context, picks: list[list[int]]
     ) -> list[tuple[int, Tensor | None, Tensor]]:
-        """(j, rows, block_j(z[rows])) for every chosen layer but t itself, which runs anyway. `rows`
-        are the sequences that chose j, None if all did."""
+        """(j, rows, block_j(z[rows])) for every chosen layer but t itself, which runs anyway.
+        `rows` are the sequences that chose j, None if all did."""
         out = []
         for j in sorted({j for pick in picks for j in pick} - {t}):
             rows = [i for i, pick in enumerate(picks) if j in pick]

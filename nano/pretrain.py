@@ -16,7 +16,6 @@ import math
 import re
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +170,7 @@ def main() -> None:
             torch.save(state, last.with_suffix(".tmp"))
             last.with_suffix(".tmp").replace(last)
             save_hf(model, args.out, hf)
-    print(f"validation loss {held:.3f} nats a token, perplexity {math.exp(held):.1f}; {asdict(config)}")
+    print(f"validation loss {held:.3f} nats a token, perplexity {math.exp(held):.1f}")
 
 
 if __name__ == "__main__":

