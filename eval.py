@@ -527,7 +527,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     write_text(folder / "predictions.tsv", "MR\toutput\n" + "".join(rows))
     samples = [
         f"{mrs[i]}\n  output:    {outputs[i]}\n  reference: {references[i][0]}\n"
-        for i in range(0, len(mrs), max(1, -(-len(mrs) // 5)))
+        for i in sorted({k * len(mrs) // 5 for k in range(5)})
     ]
     write_text(folder / "samples.txt", "\n".join(samples))
     if isinstance(model.layers, MoLEx):

@@ -211,6 +211,8 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
 
 # ----------------------------------------------------------------------------------------- training
 
+SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
+
 
 def answer_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
     """Summed cross-entropy of the answers' tokens; logits are computed for those alone."""
@@ -347,7 +349,7 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
             if step % 25 == 0:
                 bar.set_postfix(loss=f"{loss_sum.item() / place:.3f}")
             now = time.perf_counter()
-            if rank == 0 and now - saved > 60 and place < len(batches) and step < steps:
+            if rank == 0 and now - saved > SAVE_SECONDS and place < len(batches) and step < steps:
                 seconds, started, saved = seconds + now - started, now, now
                 save()
         if rank == 0:
@@ -447,7 +449,11 @@ def report(folders: dict[str, list[Path]]) -> None:
 
 def main() -> None:
     args, runs = parse()
-    device = torch.device(args.device) if args.device else default_device()
+    try:
+        device = torch.empty(0, device=args.device or default_device()).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {args.device} cannot be used here: {reason}") from error
     if "RANK" in os.environ:  # started by torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

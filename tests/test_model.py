@@ -338,7 +338,7 @@ def test_new_classification_head(checkpoint, name):
     assert all(torch.equal(w, bare.state_dict()[n]) for n, w in body.items())
 
 
-# ------------------------------------------------------------------------------- numbers of the real
+# ------------------------------------------------------------------------------ numbers of the real
 
 
 def on_meta(config: str, head: str | int = "lm") -> Transformer:
@@ -378,7 +378,7 @@ def test_lora_parameter_counts_and_flops():
     assert round(counter.get_total_flops() / 1e12, 3) == 12.329
 
 
-# ------------------------------------------------------------------------------- what cannot be read
+# ------------------------------------------------------------------------------ what cannot be read
 
 
 @pytest.mark.parametrize("reason", ["401 Client Error\nfor url ...", ""])

@@ -1,0 +1,473 @@
+"""Tests of train.py: the paper's settings, the training step, runs that are killed, bad input.
+
+They train nano/gpt2 on nano/e2e for a few steps.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from data import Example, collate, encode_pairs, read_e2e
+from model import InputError
+from molex import MoLExConfig
+from train import Settings, main, make_optimizer, parse, prepare, train_step, trained_tensors
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+# Decoding kept short where it is not what is tested.
+SHORT = "--test-limit 5 --beams 2 --max-new-tokens 6"
+
+
+def settings(flags: str = "", molex: bool = True) -> Settings:
+    return parse(f"--model nano/gpt2 {flags}{'' if molex else ' --no-molex'}".split())[1][0]
+
+
+def some_examples(tokenizer, count=12):
+    return encode_pairs(tokenizer, read_e2e("nano/e2e", "train")[:: 2000 // count][:count], 256)
+
+
+# ----------------------------------------------------------------------------------- the settings
+
+TABLE_6 = {  # as the paper prints it -> ours
+    "Weight Decay 0.01": ("weight_decay", 0.01),
+    "Dropout Prob 0.1": ("lora_dropout", 0.1),
+    "Batch Size 8": ("batch_size", 8),
+    "# Epoch 5": ("epochs", 5),
+    "Warmup Steps 500": ("warmup", 500),
+    "Label Smooth 0.1": ("label_smoothing", 0.1),
+    "Learning Rate 0.0002": ("lr", 0.0002),
+    "Adaptation r_q = r_v = 4": ("lora_r", 4),
+    "LoRA alpha 32": ("lora_alpha", 32),
+    "Load Balance 0.01": ("load_balance", 0.01),
+    "Beam Size 10": ("beams", 10),
+    "Length Penalty 0.9": ("length_penalty", 0.9),
+    "No Repeat Ngram Size 4": ("no_repeat_ngram", 4),
+    "gate learning rate of 0.1": ("gate_lr", 0.1),
+    "gate weight decay of 0.01": ("gate_weight_decay", 0.01),
+}
+TABLE_6_GATE = {
+    "Gate Type Linear": ("gate", "linear"),
+    "softmax activation": ("activation", "softmax"),
+    "Layers with MoLEx 0 to 11 (inclusive)": ("layers", tuple(range(12))),
+    "Indv Gate no": ("individual_gates", False),
+    "Batch Agg Mode": ("vote", "mode"),
+    "Mixing Weights Fixed": ("learn_alpha", False),
+    "alpha = 0.95": ("alpha", 0.95),
+    "K is set to 1": ("top_k", 1),
+}
+
+
+@pytest.fixture
+def gpt2_medium(monkeypatch, tmp_path):
+    """The hub, as far as the command line needs it."""
+    config = dict(model_type="gpt2", vocab_size=50257, n_embd=1024, n_layer=24, n_head=16,
+                  n_positions=1024, layer_norm_epsilon=1e-5)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path)
+    )
+    return asked
+
+
+def test_defaults_are_table_6(gpt2_medium):
+    args, runs = parse(["--model", "gpt2-medium", "--task", "e2e"])
+    assert gpt2_medium == ["gpt2-medium"] and len(runs) == 1
+    for cell, (name, value) in TABLE_6.items():
+        assert getattr(runs[0], name) == value, cell
+    for cell, (name, value) in TABLE_6_GATE.items():
+        assert getattr(runs[0].molex, name) == value, cell
+    assert runs[0].data is None  # the hub's
+    assert runs[0].name == "gpt2-medium-e2e-molex-s0"
+
+
+def test_methods_and_seeds(gpt2_medium):
+    base = ["--model", "gpt2-medium", "--task", "e2e"]
+    assert [r.molex for r in parse([*base, "--no-molex"])[1]] == [None]
+    runs = parse([*base, "--compare", "--seeds", "0", "3"])[1]
+    names = ["lora-s0", "molex-s0", "lora-s3", "molex-s3"]
+    assert [r.name for r in runs] == [f"gpt2-medium-e2e-{n}" for n in names]
+    assert replace(runs[1], molex=None) == runs[0]  # nothing else differs
+    runs = parse([])[1]
+    assert [r.name for r in runs] == ["nano-gpt2-e2e-lora-s0", "nano-gpt2-e2e-molex-s0"]
+
+
+def test_every_setting_has_a_flag():
+    flags = dict(
+        epochs=7, max_steps=3, batch_size=2, accumulate=2, lr=0.5, weight_decay=0.5, warmup=1,
+        label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
+        lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
+        length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
+    )  # fmt: skip
+    gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
+                gate_weight="prob", route="sequence")  # fmt: skip
+    text = "".join(f" --{n.replace('_', '-')} {v}" for n, v in (flags | gate).items())
+    s = settings(text + " --molex-layers 2-3 --individual-gates --learn-alpha")
+    assert {n: getattr(s, n) for n in flags} == flags
+    extra = dict(layers=(2, 3), individual_gates=True, learn_alpha=True)
+    assert asdict(s.molex) == gate | extra
+    fixed = {"model", "task", "data", "seed", "molex"}
+    assert asdict(s).keys() == flags.keys() | fixed
+
+
+# ------------------------------------------------------------------------------------- one step
+
+
+def test_loss_is_the_smoothed_mean_over_the_answers():
+    s = settings("--lora-dropout 0", molex=False)
+    model, tokenizer = prepare(s, CPU)
+    examples = some_examples(tokenizer, 3)
+    expected, tokens = 0.0, 0
+    for e in examples:  # one by one, no padding, every logit computed
+        ids = torch.tensor([e.prompt + e.answer])
+        log_p = model(ids)[0, len(e.prompt) - 1 : -1].log_softmax(-1)
+        target = torch.tensor(e.answer)
+        nll, uniform = -log_p.gather(1, target[:, None]).sum(), -log_p.mean(1).sum()
+        expected += 0.9 * nll + 0.1 * uniform
+        tokens += len(e.answer)
+    loss = train_step(model, make_optimizer(model, s, 10)[0], examples, s)
+    assert loss.item() == pytest.approx(expected.item() / tokens, rel=1e-5)
+
+
+def test_logits_only_where_there_is_a_target(monkeypatch):
+    model, tokenizer = prepare(settings(molex=False), CPU)
+    examples = some_examples(tokenizer, 4)
+    rows = []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda h: rows.append(h.shape) or logits(h))
+    train.answer_loss(model, examples, 0.0)
+    assert rows == [(sum(len(e.answer) for e in examples), model.config.d_model)]
+
+
+def test_micro_batches_add_up_to_the_batch():
+    after = []
+    for accumulate in (1, 3):
+        s = settings(f"--lora-dropout 0 --accumulate {accumulate}", molex=False)
+        model, tokenizer = prepare(s, CPU)
+        optimizer, _ = make_optimizer(model, s, 10)
+        for _ in range(3):
+            train_step(model, optimizer, some_examples(tokenizer), s)
+        after.append(trained_tensors(model))
+    for name in after[0]:
+        torch.testing.assert_close(after[0][name], after[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_gate_has_its_own_parameter_group():
+    s = settings("--learn-alpha --lr 0.003 --gate-lr 0.2 --gate-weight-decay 0.03")
+    model, _ = prepare(s, CPU)
+    optimizer, _ = make_optimizer(model, s, 100)
+    lora, gate = optimizer.param_groups
+    assert (lora["initial_lr"], lora["weight_decay"]) == (0.003, 0.01)
+    assert (gate["initial_lr"], gate["weight_decay"]) == (0.2, 0.03)
+    T, D = model.config.n_layer, model.config.d_model
+    assert sum(p.numel() for p in gate["params"]) == T * D + T + 1
+    assert sum(p.numel() for p in lora["params"]) == T * 2 * 2 * D * s.lora_r
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    s = settings("--warmup 4 --lr 1.0", molex=False)
+    model, _ = prepare(s, CPU)
+    optimizer, schedule = make_optimizer(model, s, 12)
+    rates = []
+    for _ in range(12):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 7 / 8, 6 / 8, 5 / 8, 0.5, 3 / 8, 0.25, 1 / 8]
+    )
+
+
+def test_lora_starts_the_same_with_and_without_molex():
+    with_molex, without = (trained_tensors(prepare(settings(molex=m), CPU)[0]) for m in (1, 0))
+    assert without.keys() < with_molex.keys()
+    assert all(torch.equal(without[n], with_molex[n]) for n in without)
+
+
+def test_the_load_balance_loss_trains_the_gate():
+    """With the same data and start, its coefficient changes the gate's gradient and nothing of the
+    reported loss."""
+    moved, losses = [], []
+    for coefficient in ("0", "5"):
+        s = settings(f"--lora-dropout 0 --load-balance {coefficient}")
+        model, tokenizer = prepare(s, CPU)
+        optimizer, _ = make_optimizer(model, s, 10)
+        losses.append(train_step(model, optimizer, some_examples(tokenizer), s))
+        moved.append(optimizer.state[optimizer.param_groups[1]["params"][0]]["exp_avg"].clone())
+    assert torch.equal(*losses) and not torch.allclose(*moved)
+
+
+def test_an_empty_share_of_a_batch_counts_for_nothing():
+    """A process without a sequence (2 processes, 1 sequence) still takes part, with zeros."""
+    model, _ = prepare(settings(), CPU)
+    loss = train.answer_loss(model, [], 0.1)
+    loss.backward()
+    assert loss.item() == 0
+    for name, p in trained_tensors(model).items():
+        assert p.grad is None or not p.grad.count_nonzero(), name
+    assert not collate([]).mask.any() and len(Example([], [])) == 0
+
+
+# ------------------------------------------------------------------------------- runs, end to end
+
+
+def run_main(monkeypatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *" ".join(flags).split()])
+    main()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """`--compare` as a user runs it: a process of its own, in a folder of its own."""
+    out = tmp_path_factory.mktemp("compared")
+    command = (
+        f"{sys.executable} {ROOT / 'train.py'} --compare --max-steps 8 --test-limit 12 --beams 3"
+    )
+    done = subprocess.run(command.split(), cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_its_files(compared):
+    out, stdout = compared
+    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "predictions.tsv",
+              "samples.txt", "scores.json"]  # fmt: skip
+    lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
+    assert sorted(f.name for f in lora.iterdir()) == common
+    assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.png"])
+    assert (molex / "samples.txt").read_text().count("reference:") == 5
+    assert len((lora / "predictions.tsv").read_text().splitlines()) == 13
+    extra = (
+        load_file(molex / "adapter.safetensors").keys()
+        - load_file(lora / "adapter.safetensors").keys()
+    )
+    assert extra == {"layers.gates.0.weight", "layers.gates.0.bias"}
+
+
+def test_the_table_compares_the_two(compared):
+    out, stdout = compared
+    scores = [
+        json.loads((out / f"runs/nano-gpt2-e2e-{m}-s0/scores.json").read_text())
+        for m in ("lora", "molex")
+    ]
+    lines = stdout.splitlines()
+    header = next(i for i, line in enumerate(lines) if "LoRA + MoLEx" in line)
+    table = {line[:22].strip(): line[22:].split() for line in lines[header + 1 : header + 9]}
+    T, D = 8, 128
+    assert table["trainable parameters"][2] == f"+{T * D + T:,}"
+    for name in ("BLEU", "METEOR", "ROUGE-L"):
+        values = [100 * s[name.lower().replace("-", "_")] for s in scores]
+        assert table[name][:2] == [f"{v:,.2f}" for v in values]
+        assert float(table[name][2]) == pytest.approx(values[1] - values[0], abs=0.006)
+    assert table["BLEU"][3:5] == ["p", "="] and 0 <= float(table["BLEU"][5]) <= 1
+    assert float(table["seconds per step"][0]) > 0
+
+
+def test_predictions_score_the_same_from_the_file(compared, monkeypatch, capsys, tmp_path):
+    """eval.py --predictions on what a run wrote gives what the run reported."""
+    folder = compared[0] / "runs/nano-gpt2-e2e-molex-s0"
+    mrs, _, references = evaluation.read_predictions(folder)
+    file = tmp_path / "refs.txt"
+    file.write_text("\n\n".join("\n".join(group) for group in references))
+    outputs = folder / "predictions.tsv"
+    monkeypatch.setattr(
+        sys, "argv", f"eval.py --predictions {outputs} --references {file} --json".split()
+    )
+    evaluation.main()
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = json.loads((folder / "scores.json").read_text())
+    assert again == {n: pytest.approx(scores[n], abs=1e-12) for n in again} and len(again) == 5
+    assert len(mrs) == 12
+
+
+def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch, capsys):
+    out = compared[0] / "runs"
+    scores = out / "nano-gpt2-e2e-lora-s0/scores.json"
+    before = scores.stat().st_mtime_ns
+    flags = f"--model nano/gpt2 --no-molex --max-steps 8 --test-limit 12 --out {out} --beams"
+    run_main(monkeypatch, flags, "3")
+    assert "finished before, kept" in capsys.readouterr().out
+    assert scores.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="another beams"):
+        run_main(monkeypatch, flags, "4")
+    assert scores.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("molex", [True, False])
+def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, molex):
+    """Killed three times, within an epoch and at its end, with dropout: no step lost or doubled."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)  # after every step
+    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:40])
+    s = settings("--max-steps 13 --learn-alpha", molex)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.train(s, whole, CPU)
+    step = train.train_step
+    for survive in (2, 1, 4):  # 5 steps an epoch
+
+        def dies(*args, left=[survive]):  # noqa: B006
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return step(*args)
+
+        monkeypatch.setattr(train, "train_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(s, killed, CPU)
+    monkeypatch.setattr(train, "train_step", step)
+    train.train(s, killed, CPU)
+    one, other = (load_file(f / "adapter.safetensors") for f in (whole, killed))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    one, other = (torch.load(f / "last.pt", weights_only=True) for f in (whole, killed))
+    assert all(torch.equal(one["tensors"][n], other["tensors"][n]) for n in one["tensors"])
+    assert torch.equal(one["rng"], other["rng"])
+    logs = [[dict(e, seconds_per_step=0) for e in state["log"]] for state in (one, other)]
+    assert logs[0] == logs[1] and [e["epoch"] for e in logs[0]] == [1, 2, 3]
+
+
+def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    losses, seen = iter([2.0, 1.0, 1.5]), []
+
+    def dev_loss(model, *_):
+        seen.append({n: p.detach().clone() for n, p in trained_tensors(model).items()})
+        return next(losses)
+
+    monkeypatch.setattr(train, "dev_loss", dev_loss)
+    train.train(settings("--epochs 3"), tmp_path, CPU)
+    kept = load_file(tmp_path / "adapter.safetensors")
+    assert all(torch.equal(kept[n], seen[1][n]) for n in kept)
+    assert not all(torch.equal(kept[n], seen[2][n]) for n in kept)
+
+
+def test_dev_loss_is_the_mean_over_tokens():
+    model, tokenizer = prepare(settings(molex=False), CPU)
+    examples = some_examples(tokenizer, 5)
+    expected = sum(
+        F.cross_entropy(
+            model.eval()(torch.tensor([e.prompt + e.answer]))[0, len(e.prompt) - 1 : -1],
+            torch.tensor(e.answer),
+            reduction="sum",
+        ).item()
+        for e in examples
+    )
+    tokens = sum(len(e.answer) for e in examples)
+    assert train.dev_loss(model, examples, 2) == pytest.approx(expected / tokens, rel=1e-5)
+    assert model.training
+
+
+def test_seeds_give_mean_and_deviation():
+    assert train.spread([0.5, 0.7, 0.6], 100, 2) == "60.00 ± 10.00"
+    assert train.spread([1234.0], 1, 0) == "1,234"
+
+
+def test_two_processes_equal_one(tmp_path):
+    """torchrun on two CPU processes (gloo), 10 steps, votes and load balance included: the same
+    tensors as one process to 1e-5. The last batch of an epoch leaves one process without work."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("trainset", 33), ("devset", 8), ("testset_w_refs", 8)):
+        lines = (ROOT / f"nano/e2e/{split}.csv").read_text().splitlines(keepends=True)
+        (data / f"{split}.csv").write_text("".join(lines[: count + 1]))
+    flags = (
+        f"{ROOT / 'train.py'} --model nano/gpt2 --data {data} --max-steps 10 --lora-dropout 0"
+        f" --learn-alpha {SHORT} --out {tmp_path}/"
+    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    commands = {
+        "one": f"{sys.executable} {flags}one",
+        "two": f"{sys.executable} {torchrun} {flags}two",
+    }
+    tensors = []
+    for name, command in commands.items():
+        done = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / name / "nano-gpt2-e2e-molex-s0"
+        tensors.append(torch.load(folder / "last.pt", weights_only=True))
+    one, two = tensors
+    assert one["step"] == two["step"] == 10
+    for name, p in one["tensors"].items():
+        torch.testing.assert_close(p, two["tensors"][name], atol=1e-5, rtol=0, msg=name)
+    assert two["log"][0]["train_loss"] == pytest.approx(one["log"][0]["train_loss"], abs=1e-5)
+    gate = one["tensors"]["layers.gates.0.weight"]
+    start = trained_tensors(prepare(settings("--learn-alpha"), CPU)[0])["layers.gates.0.weight"]
+    assert (gate - start).abs().max() > 0.05  # far enough for the test to mean something
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def bad_csv(tmp_path, text):
+    for name in ("trainset", "devset", "testset_w_refs"):
+        (tmp_path / f"{name}.csv").write_text(text)
+    return f"--data {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--task nosuch", "nosuch"),
+        ("--nosuch 3", "--nosuch"),
+        ("--epochs many", "many"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--top-k 9", "top-k is 9, but the model has 8 layers"),
+        ("--molex-layers 3-12", "layers 3-12 are to mix, but the model has layers 0-7"),
+        ("--molex-layers x", "invalid"),
+        ("--gate quadratic", "gate is 'quadratic', not linear or cosine"),
+        ("--alpha 1.5", "alpha is 1.5"),
+        ("--data nosuch", "trainset.csv is missing"),
+        ("--device nosuch", "--device nosuch cannot be used here"),
+        ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--max-length 10", "leaves no room"),
+        ("csv:", "no column mr"),
+        ("csv:mr,ref\n", "holds no examples"),
+        ("csv:mr,text\nname[A],b\n", "no column ref"),
+        ("csv:mr,ref\nname(A),An A.\n", "trainset.csv, line 2: malformed MR"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tmp_path, flags, message):
+    if flags.startswith("csv:"):
+        flags = bad_csv(tmp_path, flags.removeprefix("csv:"))
+    out = tmp_path / "runs"
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.command_line(lambda: run_main(monkeypatch, flags, f"--out {out}"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_broken_weights_stop_a_run_before_it_starts(monkeypatch, capsys, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for f in (ROOT / "nano/gpt2").iterdir():
+        (model / f.name).write_bytes(f.read_bytes()[: 9999 if "safetensors" in f.name else None])
+    with pytest.raises(SystemExit) as stopped:
+        flags = f"--model {model} --data nano/e2e --out {tmp_path / 'runs'}"
+        evaluation.command_line(lambda: run_main(monkeypatch, flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "cannot be read" in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_importing_does_nothing():
+    code = "import model, lora, molex, data, eval, train; print(len(__import__('os').listdir('.')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and math.isfinite(float(done.stdout)) and "\n" not in done.stdout[:-1]
+
+
+def test_molex_config_survives_config_json():
+    s = settings("--molex-layers 1-2")
+    again = json.loads(json.dumps(asdict(s)))["molex"]
+    assert asdict(MoLExConfig(**again)) == json.loads(json.dumps(asdict(s.molex)))
