@@ -17,7 +17,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import Config, InputError, locate
+from model import Config, InputError, locate, reason
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -39,7 +39,8 @@ class Tokenizer:
     """Text to the checkpoint's ids and back.
 
     vocab: symbol -> id; merges: pairs of symbols, in order of priority. bos, eos and pad are ids
-    from the checkpoint's config (None if it has none); they are never produced from text.
+    from the checkpoint's config (None if it has none); they are never produced from text. A byte
+    that the vocabulary lacks (some control characters in SmolLM2's) is left out of the text.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list, pattern: str, config: Config) -> None:
@@ -47,13 +48,13 @@ class Tokenizer:
         symbols = byte_symbols()
         # tiktoken wants ranks (merge order), which are not the checkpoint's ids in every family.
         order = dict.fromkeys([*symbols, *(a + b for a, b in merges)])
-        order = [s for s in order if s in vocab]
+        order = [s for s in order if s in vocab or s in symbols]
         ranks = {bytes(symbols[ch] for ch in s): rank for rank, s in enumerate(order)}
         self.bpe = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        self.to_id = [vocab[s] for s in order]
-        self.to_rank = {i: rank for rank, i in enumerate(self.to_id)}
+        self.to_id = [vocab.get(s) for s in order]
+        self.to_rank = {i: rank for rank, i in enumerate(self.to_id) if i is not None}
 
     @classmethod
     def from_folder(cls, folder: Path, config: Config) -> "Tokenizer":
@@ -62,6 +63,8 @@ class Tokenizer:
         try:
             if (folder / "tokenizer.json").exists():
                 spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+                if spec.get("normalizer"):
+                    raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
                 bpe, pattern = spec["model"], word_pattern(spec["pre_tokenizer"])
                 merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
                 return cls(bpe["vocab"], merges, pattern, config)
@@ -74,11 +77,13 @@ class Tokenizer:
         except (KeyError, json.JSONDecodeError) as error:
             raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        pairs = any(len(s) == 2 and s.isdigit() for s in vocab)
-        return cls(vocab, merges, GPT2_PATTERN if pairs else DIGITS_PATTERN, config)
+        # Only where digits are not on their own can one follow a space (Ġ) or a digit in a symbol.
+        joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
+        return cls(vocab, merges, GPT2_PATTERN if joined else DIGITS_PATTERN, config)
 
     def encode(self, text: str) -> list[int]:
-        return [self.to_id[rank] for rank in self.bpe.encode_ordinary(text)]
+        ids = (self.to_id[rank] for rank in self.bpe.encode_ordinary(text))
+        return [i for i in ids if i is not None]
 
     def decode(self, ids: list[int]) -> str:
         """Special tokens are left out."""
@@ -86,17 +91,19 @@ class Tokenizer:
         return self.bpe.decode_bytes(ranks).decode("utf-8", errors="replace")
 
 
-def word_pattern(spec: dict) -> str:
+def word_pattern(spec: dict | None) -> str:
     """The regular expression that a tokenizer.json's pre_tokenizer stands for."""
-    steps = spec.get("pretokenizers", [spec])
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and not steps[0].get("add_prefix_space"):
-        return GPT2_PATTERN
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return steps[0]["pattern"]["Regex"]  # Llama 3
-    raise InputError(f"pre_tokenizer {' + '.join(kinds)} is not a byte-level BPE known here")
+    steps = (spec or {}).get("pretokenizers", [spec or {}])
+    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    if not last.get("add_prefix_space"):
+        by_gpt2 = last.get("use_regex", True)  # else by the step before
+        if kinds == ["ByteLevel"] and by_gpt2:
+            return GPT2_PATTERN
+        if kinds == ["Digits", "ByteLevel"] and by_gpt2 and first["individual_digits"]:
+            return DIGITS_PATTERN
+        if kinds == ["Split", "ByteLevel"] and not by_gpt2 and first["behavior"] == "Isolated":
+            return first["pattern"]["Regex"]  # Llama 3
+    raise InputError(f"pre_tokenizer {' + '.join(map(str, kinds))} is no byte-level BPE known here")
 
 
 # ---------------------------------------------------------------------------------------------- E2E
@@ -110,7 +117,8 @@ E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family
 def e2e_prompt(mr: str) -> str:
     """A meaning representation as text: "name[Blue Spice], eatType[pub]" becomes
     "name : Blue Spice | Type : pub". Raises InputError if it is malformed."""
-    if not re.fullmatch(r"\s*([^][,]+\[[^][]*\]\s*(,\s*|$))+", mr):
+    pair = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"
+    if not re.fullmatch(f"{pair}(,{pair})*", mr):
         raise InputError(f"malformed MR {mr!r}; write it as name[Blue Spice], eatType[pub]")
     pairs = re.findall(r"([^][,]+)\[([^][]*)\]", mr)
     return " | ".join(
@@ -128,27 +136,28 @@ def read_e2e(folder: Path | None, split: str) -> list[tuple[str, str]]:
             table = load_dataset("csv", data_files=E2E_HUB + E2E_FILES[split], split="train")
         except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
             raise InputError(
-                f"the E2E data cannot be fetched ({str(error).splitlines()[0]}); get the CSV files"
+                f"the E2E data cannot be fetched ({reason(error)}); get the CSV files"
                 " by other means and pass --data DIR"
             ) from error
         return list(zip(table["mr"], table["ref"], strict=True))
     path = locate(folder) / E2E_FILES[split]
     if not path.is_file():
         raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())}")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        absent = {"mr", "ref"} - set(reader.fieldnames or ())
-        if absent:
-            raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
-        pairs = []
-        for row in reader:
-            try:
-                if not row["ref"] or not row["ref"].strip():
-                    raise InputError("the reference is empty")
-                e2e_prompt(row["mr"])
-            except InputError as error:
-                raise InputError(f"{path}, line {reader.line_num}: {error}") from None
-            pairs.append((row["mr"], row["ref"]))
+    reader = csv.DictReader(line + "\n" for line in _read_lines(path))
+    absent = {"mr", "ref"} - set(reader.fieldnames or ())
+    if absent:
+        raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+    pairs = []
+    for row in reader:
+        try:
+            if None in row:
+                raise InputError("more values than columns; quote values that hold a comma")
+            if not row["ref"] or not row["ref"].strip():
+                raise InputError("the reference is empty")
+            e2e_prompt(row["mr"] or "")
+        except InputError as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+        pairs.append((row["mr"], row["ref"]))
     if not pairs:
         raise InputError(f"{path} holds no examples")
     return pairs
@@ -177,7 +186,10 @@ class Example:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The prompt, ended by the end-of-text token as in the LoRA code."""
+    """The prompt, ended by the end-of-text token as in the LoRA code. Raises InputError if the
+    checkpoint has none."""
+    if tokenizer.eos is None:
+        raise InputError("the checkpoint's config.json names no eos_token_id, which ends a prompt")
     return [*tokenizer.encode(text), tokenizer.eos]
 
 

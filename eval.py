@@ -35,7 +35,7 @@ from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
@@ -447,6 +447,14 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+def cast_frozen(model: Transformer) -> None:
+    """On CUDA, frozen linear layers in bfloat16: autocast would cast them again in every pass."""
+    if model.embed.weight.is_cuda:
+        for m in model.layers.blocks.modules():
+            if isinstance(m, nn.Linear) and not m.weight.requires_grad:
+                m.to(torch.bfloat16)
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename: a kill leaves the old file or the new one whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -517,6 +525,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     mrs, references = read_test(config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     merge(model)
+    cast_frozen(model)
     search = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
     outputs = generate(
         model, tokenizer, [e2e_prompt(mr) for mr in mrs], config["eval_batch"],

@@ -62,7 +62,7 @@ def add_lora(
     for block in model.layers.blocks:
         for name in targets:
             setattr(block.attn, name, LoRA(getattr(block.attn, name), r, alpha, dropout))
-    return model
+    return model.train(model.training)  # a new module starts in training mode, with dropout
 
 
 def loras(model: nn.Module) -> dict[str, LoRA]:
@@ -164,6 +164,9 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
         r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{folder} holds no LoRA in peft's format ({error!r})") from error
+    for name in ("use_rslora", "alpha_pattern", "alora_invocation_tokens"):
+        if config.get(name):  # the tensors would fit, but mean something else
+            raise InputError(f"{folder} sets {name}, which is not supported")
     state = {}
     for key, w in tensors.items():
         match = re.search(r"\.(\d+)\.\S*?(\w+)\.lora_([AB])\.weight$", key)

@@ -517,7 +517,10 @@ def checkpoint_folder(name: str | Path) -> Path:
 
     wanted = ["*.json", "*.safetensors", "merges.txt"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
+        folder = Path(snapshot_download(str(name), allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(str(name), allow_patterns=["pytorch_model.bin"])
+        return folder
     except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
         raise InputError(
             f"model '{name}' is neither a folder nor to be had from the hub ({reason(error)})"

@@ -160,7 +160,7 @@ class MoLEx(nn.Module):
             others = self.run_others(t, z, ctx, picks)
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in (w, *(out for _, _, out in others)):
+            for x in (w, *(x for _, rows, out in others for x in (rows, out) if x is not None)):
                 x.record_stream(main)
         u = own - z
         v = w[..., t, None] * u if any(t in pick for pick in picks) else torch.zeros_like(u)

@@ -33,6 +33,7 @@ from eval import (
     Parser,
     autocast,
     build,
+    cast_frozen,
     command_line,
     default_device,
     evaluate_run,
@@ -133,8 +134,11 @@ HELP = {
 
 def layer_range(text: str) -> tuple[int, ...]:
     """ "0-11" -> (0, 1, ..., 11)."""
-    first, _, last = text.partition("-")
-    return tuple(range(int(first), int(last or first) + 1))
+    first, dash, last = text.partition("-")
+    slots = tuple(range(int(first), int(last if dash else first) + 1))
+    if not slots:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no layer; write it as 0-11")
+    return slots
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Settings]]:
@@ -160,9 +164,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             how = dict(type=int if default is None else type(default))
             if name == "layers":
                 how = dict(type=layer_range, metavar="0-11")
-            if default is False:
-                how = dict(action="store_true")
-            text = HELP[name] + ("" if default in (None, False) else f" ({default})")
+            if isinstance(default, bool):
+                how = dict(action=argparse.BooleanOptionalAction)
+            text = HELP[name] + ("" if default is None else f" ({default})")
             group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
     args = parser.parse_args(argv)
 
@@ -184,9 +188,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
         for seed in args.seeds
         for method in methods
     ]
-    for name in ("epochs", "batch_size", "accumulate", "beams", "lora_r", "eval_batch"):
-        if getattr(runs[0], name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, value in rest.items():
+        least = 0 if isinstance(value, float) or name in ("warmup", "no_repeat_ngram") else 1
+        if value < least or ("dropout" in name or "smooth" in name) and value >= 1:
+            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     return args, runs
 
 
@@ -270,10 +275,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """The model to train. The LoRA starts the same with and without MoLEx."""
     torch.manual_seed(s.seed)
     model, tokenizer = build(asdict(s), device)
-    if device.type == "cuda":  # autocast would cast the frozen weights again in every pass
-        for m in model.layers.blocks.modules():
-            if isinstance(m, torch.nn.Linear):
-                m.to(torch.bfloat16)
+    cast_frozen(model)
     torch.manual_seed(s.seed + world()[0])  # dropout
     return model.train(), tokenizer
 

@@ -4,6 +4,7 @@ project, for those who have them."""
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -87,12 +88,13 @@ def smollm2() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "molex-from-scratch" / "smollm2-135m"
     if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(script), str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-            pytest.skip(f"SmolLM2-135M could not be made: {reason}")
-        unfinished.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / "model"
+            command = [sys.executable, str(script), str(unfinished)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+                pytest.skip(f"SmolLM2-135M could not be made: {reason}")
+            unfinished.rename(folder)
     return folder

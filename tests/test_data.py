@@ -7,6 +7,7 @@ pytest tests/test_data.py
 import csv
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from conftest import need_shared
 from tokenizers import Regex, models, normalizers, trainers
 from tokenizers import Tokenizer as Reference
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.pre_tokenizers import (
     ByteLevel,
     Digits,
@@ -47,7 +49,7 @@ CONFIG = Config.from_hf(
          layer_norm_epsilon=1e-5, eos_token_id=0)
 )  # fmt: skip
 
-# -------------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------------ the tokenizer
 
 PLAIN = ByteLevel(add_prefix_space=False)
 DIGITS = Sequence([Digits(individual_digits=True), PLAIN])
@@ -63,6 +65,7 @@ LLAMA3 = Sequence(
         ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 )
+ALPHABET = tuple(ByteLevel.alphabet())
 SPECIAL = ["<|endoftext|>", "</s>"]
 AWKWARD = [
     "",
@@ -76,7 +79,6 @@ AWKWARD = [
     "bell \x07\x04 rings\x1d, \x00",
     "\U00040000 is of a plane that holds no characters",
 ]
-TRAIN, DEV, TEST = E2E_FILES.values()
 
 
 def e2e_texts(folder: Path) -> list[str]:
@@ -88,7 +90,7 @@ def e2e_texts(folder: Path) -> list[str]:
 def reference(model: models.BPE, words: PreTokenizer) -> Reference:
     """`tokenizers`' own BPE; it too takes the names of special tokens for plain text."""
     bpe = Reference(model)
-    bpe.pre_tokenizer, bpe.encode_special_tokens = words, True
+    bpe.pre_tokenizer, bpe.decoder, bpe.encode_special_tokens = words, ByteLevelDecoder(), True
     return bpe
 
 
@@ -97,7 +99,7 @@ def train():
     """train(words, ...): a BPE of 800 symbols, its words cut by a pre_tokenizer."""
     texts = [*e2e_texts(NANO), *AWKWARD[:7]]
 
-    def train_bpe(words: PreTokenizer, texts=texts, alphabet=tuple(PLAIN.alphabet())) -> Reference:
+    def train_bpe(words: PreTokenizer, texts=texts, alphabet=ALPHABET) -> Reference:
         bpe = reference(models.BPE(), words)
         trainer = trainers.BpeTrainer(
             vocab_size=800,
@@ -112,10 +114,10 @@ def train():
 
 
 def agree(ours: Tokenizer, bpe: Reference, texts: list[str]) -> None:
-    """The same ids for every text, and the text back from them."""
+    """The same ids for every text, and the same text from them."""
     for text, encoded in zip(texts, bpe.encode_batch(texts), strict=True):
         assert ours.encode(text) == encoded.ids, text
-        assert ours.decode(encoded.ids) == text
+        assert ours.decode(encoded.ids) == bpe.decode(encoded.ids)
 
 
 @pytest.mark.parametrize("merges", ["lists", "strings"])
@@ -193,22 +195,20 @@ def test_half_a_character_decodes_to_the_replacement_character(train, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (Whitespace(), "pre_tokenizer Whitespace is not a byte-level BPE known here"),
-        (Metaspace(), "pre_tokenizer Metaspace is not"),
-        (None, "pre_tokenizer None is not"),
-        (ByteLevel(add_prefix_space=True), "pre_tokenizer ByteLevel is not"),
-        (ByteLevel(add_prefix_space=False, use_regex=False), "pre_tokenizer ByteLevel is not"),
+        (Whitespace(), "pre_tokenizer Whitespace is no byte-level BPE known here"),
+        (Metaspace(), "pre_tokenizer Metaspace is no "),
+        (None, "pre_tokenizer None is no "),
+        (ByteLevel(add_prefix_space=True), "pre_tokenizer ByteLevel is no "),
+        (ByteLevel(add_prefix_space=False, use_regex=False), "pre_tokenizer ByteLevel is no "),
         (Sequence([Digits(individual_digits=False), PLAIN]), r"pre_tokenizer Digits \+ ByteLevel"),
         (Sequence([Digits(individual_digits=True), ByteLevel()]), r"pre_tokenizer Digits \+ Byte"),
-        (Sequence([LLAMA3[0], PLAIN]), r"pre_tokenizer Split \+ ByteLevel is not"),
-        (Sequence([Split(" ", "removed"), LLAMA3[1]]), r"pre_tokenizer Split \+ ByteLevel is not"),
+        (Sequence([LLAMA3[0], PLAIN]), r"pre_tokenizer Split \+ ByteLevel is no "),
+        (Sequence([Split(" ", "removed"), LLAMA3[1]]), r"pre_tokenizer Split \+ ByteLevel is no "),
     ],
 )
 def test_other_ways_with_words_are_refused(train, tmp_path, words, message):
-    bpe = train(PLAIN, ["a"])
-    if words is None:
-        del bpe.pre_tokenizer
-    else:
+    bpe = train(PLAIN, ["a"]) if words else Reference(models.BPE({"a": 0}, []))
+    if words:
         bpe.pre_tokenizer = words
     bpe.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match=message):
@@ -259,24 +259,22 @@ def test_gpt2s_own_tokenizer():
     files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
     texts = real_texts()
     assert len(texts) > 5000
-    agree(
-        Tokenizer.from_folder(folder, CONFIG), reference(models.BPE.from_file(*files), PLAIN), texts
-    )
+    ours = Tokenizer.from_folder(folder, CONFIG)
+    agree(ours, reference(models.BPE.from_file(*files), PLAIN), texts)
+    assert [ours.decode(ours.encode(text)) for text in texts] == texts
 
 
 def test_smollm2s_own_tokenizer(smollm2):
     files = [str(smollm2 / name) for name in ("vocab.json", "merges.txt")]
-    texts = [text for text in real_texts() if text not in AWKWARD[-2:]]  # it lacks some bytes
-    assert sum("  " in text for text in texts) > 100 < sum(" 12" in text for text in texts)
+    texts = real_texts()
+    for pattern in (r"  \S", r"\d\d", r"  \d"):
+        assert any(re.search(pattern, text) for text in texts)
     ours = Tokenizer.from_folder(smollm2, read_config(smollm2))
-    bpe = reference(models.BPE.from_file(*files), DIGITS)
-    agree(ours, bpe, texts)
-    for text in AWKWARD[-2:]:
-        assert ours.encode(text) == bpe.encode(text).ids
+    agree(ours, reference(models.BPE.from_file(*files), DIGITS), texts)
     assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
 
 
-# ------------------------------------------------------------------------------------------------ E2E
+# ---------------------------------------------------------------------------------------------- E2E
 
 
 @pytest.mark.parametrize(
@@ -287,14 +285,17 @@ def test_smollm2s_own_tokenizer(smollm2):
             "name : Blue Spice | Type : coffee shop | area : city centre",
         ),
         (
-            "priceRange[£20-25], familyFriendly[no], customer rating[5 out of 5], food[Fast food]",
-            "price : £20-25 | family friendly : no | customer rating : 5 out of 5 | food : Fast food",
+            "priceRange[£20-25], familyFriendly[no], customer rating[5 out of 5], food[French]",
+            "price : £20-25 | family friendly : no | customer rating : 5 out of 5 | food : French",
         ),
-        ("name[The Mill, by the river],near[ Café Rouge ] ", None),
+        (
+            " name[The Mill, by the river],near[ Café Rouge ] ",
+            "name : The Mill, by the river | near : Café Rouge",
+        ),
     ],
 )
 def test_prompt(mr, prompt):
-    assert e2e_prompt(mr) == (prompt or "name : The Mill, by the river | near : Café Rouge")
+    assert e2e_prompt(mr) == prompt
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_read_official_e2e(split, n_mrs):
 
 def write(folder: Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
-    (folder / TRAIN).write_bytes(data)
+    (folder / E2E_FILES["train"]).write_bytes(data)
     return folder
 
 
@@ -355,7 +356,8 @@ def test_read_layouts(tmp_path, content):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "has no column mr and no column ref"),
+        ("", "is empty"),
+        ("\n", "is empty"),
         ("mr,ref\n", "holds no examples"),
         ("mr,text\nname[A],A\n", "has no column ref"),
         ("MR\tref\nname[A]\tA\n", "has no column mr and no column ref"),
@@ -373,7 +375,7 @@ def test_read_layouts(tmp_path, content):
 def test_read_what_cannot_be_read(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as caught:
         read_e2e(write(tmp_path, content), "train")
-    assert str(tmp_path / TRAIN) in str(caught.value)
+    assert str(tmp_path / "trainset.csv") in str(caught.value)
 
 
 def test_read_what_is_not_there(tmp_path):
@@ -457,7 +459,7 @@ def test_a_checkpoint_without_an_end_token(train, tmp_path):
         encode_prompt(tokenizer, "name : A")
 
 
-LENGTHS = [random.Random(0).randint(5, 80) for _ in range(1003)]
+LENGTHS = random.Random(0).choices(range(5, 81), k=1003)
 
 
 @pytest.mark.parametrize("n, size", [(1003, 8), (1003, 1), (16, 8), (3, 8), (401, 8), (0, 4)])

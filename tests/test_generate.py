@@ -8,14 +8,12 @@ and MoLEx's routes.
 """
 
 import math
-import os
 import random
 from collections.abc import Callable
 
 import pytest
 import torch
-
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+from test_molex import VOCAB, lora_model, molex_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -28,9 +26,8 @@ from transformers import (
 from data import GPT2_PATTERN, Tokenizer, byte_symbols, e2e_prompt, encode_prompt
 from eval import ban_repeats, beam_search, generate
 from model import Config, Transformer, load
-from test_molex import VOCAB, lora_model, molex_model
 
-# ---------------------------------------------------------------------- against transformers' generate
+# ------------------------------------------------------------------- against transformers' generate
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +92,7 @@ def test_beam_search_equals_transformers(pair, family, beams, length_penalty, n_
     search = (0, beams, length_penalty, 0, 64)
     assert beam_search(ours, prompts, *search) == expected
     assert [beam_search(ours, [p], *search)[0] for p in prompts] == expected
-    assert len({len(answer) for answer in expected}) > 3, "the answers are too much alike"
+    assert n_prompts < 50 or len({len(answer) for answer in expected}) > 15, "too much alike"
 
 
 def test_beam_search_equals_transformers_on_smollm2(smollm2):
@@ -103,12 +100,12 @@ def test_beam_search_equals_transformers_on_smollm2(smollm2):
     ours = load(str(smollm2))
     tokenizer = Tokenizer.from_folder(smollm2, ours.config)
     mrs = [
-        "name[The Vaults], eatType[pub], priceRange[more than £30]",
-        "name[Blue Spice], area[riverside]",
-        "name[Aromi], eatType[coffee shop], food[French], customer rating[3 out of 5]",
-        "name[Giraffe], food[Indian], familyFriendly[yes], near[Raja Cuisine]",
-        "name[Cocum], priceRange[cheap]",
-        "name[The Mill], eatType[restaurant], food[English], area[city centre], near[Avalon]",
+        "name[The Copper Kettle], eatType[pub], priceRange[more than £30]",
+        "name[Tern House], area[riverside]",
+        "name[Saffron Street], eatType[coffee shop], food[French], customer rating[3 out of 5]",
+        "name[Two Herons], food[Indian], familyFriendly[yes], near[the old mill]",
+        "name[Pavilion], priceRange[cheap]",
+        "name[The Long Table], eatType[restaurant], food[English], area[city centre], near[Tern House]",
     ]
     prompts = [encode_prompt(tokenizer, e2e_prompt(mr)) for mr in mrs]
     assert len({len(p) for p in prompts}) > 4
@@ -123,7 +120,7 @@ def test_beam_search_equals_transformers_on_smollm2(smollm2):
         assert beam_search(ours, [prompts[i]], *search) == [expected[i]]
 
 
-# --------------------------------------------------------------------- against a search in plain Python
+# ----------------------------------------------------------------- against a search in plain Python
 
 
 def repeats(answer: list[int], n: int) -> bool:
@@ -221,13 +218,13 @@ def test_batch_routing_holds_the_route_of_the_batchs_prompts(family, top_k):
     assert together != [beam_search(model, [p], 0, *search)[0] for p in prompts]
 
 
-# --------------------------------------------------------------------------------- no n-gram twice
+# ---------------------------------------------------------------------------------- no n-gram twice
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_ban_repeats_by_its_definition(n):
     banned = allowed = 0
-    for s in range(14):
+    for s in range(20):
         answers, log_p = torch.randint(3, (20, s)), torch.randn(20, 3)
         got = ban_repeats(log_p.clone(), answers, n)
         for row in range(20):
@@ -258,7 +255,7 @@ def test_the_answer_may_repeat_the_prompt_but_not_itself():
         for token in range(5):
             model.head.weight[(token + 1) % 5, token] += 5
     prompt = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    search = (6, 4, 0.9)
+    search = (7, 4, 0.9)  # with an end token that no model could write
     assert beam_search(model, [prompt], *search, 0, 20) == [prompt + prompt]
     for n in (2, 3, 4):
         (answer,) = beam_search(model, [prompt], *search, n, 20)
@@ -267,7 +264,7 @@ def test_the_answer_may_repeat_the_prompt_but_not_itself():
         assert not any(repeats(answer[:end], n) for end in range(21))
 
 
-# --------------------------------------------------------------------------------------- the procedure
+# ------------------------------------------------------------------------------------ the procedure
 
 
 def test_prompts_go_through_once_and_finished_ones_leave(pair):
@@ -301,7 +298,7 @@ def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens
         model.head.weight *= 10
     tokenizer = Tokenizer(byte_symbols(), [], GPT2_PATTERN, config)
     texts = [
-        "name : Aromi | near : Avalon",
+        "name : Saffron Street | near : Tern House",
         "pub",
         "price : high",
         "a",

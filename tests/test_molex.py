@@ -11,7 +11,6 @@ several processes, CUDA's two streams.
 import itertools
 import math
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,7 @@ def gate_to(model: Transformer, biases: list[list[float]]) -> None:
 
 class Spy:
     """Notes what `MoLEx.choose` answers: routes[t][i], the layers that joined slot t for sequence
-    i, and which layer ran where on how many sequences: runs[t, j]."""
+    i; and, in `runs`, each time a layer runs: slot, layer, number of sequences."""
 
     def __init__(self, model: Transformer) -> None:
         self.molex, self.choose = model.layers, model.layers.choose
@@ -130,7 +129,7 @@ def loss_of(logits: list[Tensor], load_balance: Tensor) -> Tensor:
     return (flat * torch.linspace(-1, 2, len(flat), dtype=flat.dtype)).sum() / 50 + load_balance
 
 
-# ------------------------------------------------------------------------------- Eq. 4 in plain loops
+# ----------------------------------------------------------------------------- Eq. 4 in plain loops
 
 
 def affinities_by_hand(gate: nn.Module, z: Tensor, activation: str) -> Tensor:
@@ -260,7 +259,7 @@ def test_without_a_prompt_mask_every_real_token_votes():
     assert spy.routes == by_hand(model, everything)[2] != by_hand(model, SEQUENCES)[2]
 
 
-# ----------------------------------------------------------------------------------- LoRA, recovered
+# ---------------------------------------------------------------------------------- LoRA, recovered
 
 
 def logits_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
@@ -301,7 +300,7 @@ def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_
     assert torch.equal(model.layers.counts, 3 * torch.eye(4).long())
 
 
-# ------------------------------------------------------------------------------------------- the vote
+# ----------------------------------------------------------------------------------------- the vote
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_a_layer_runs_only_on_the_sequences_that_chose_it(top_k):
     assert sorted(spy.runs) == sorted(runs | {(t, t, len(SEQUENCES)) for t in range(4)})
 
 
-# ------------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def trained(model: Transformer) -> dict[str, nn.Parameter]:
@@ -489,7 +488,7 @@ def test_the_straight_through_gradient_adds_nothing_to_the_value():
         assert torch.equal(x, y)
 
 
-# ------------------------------------------------------------------------------------------ the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -525,7 +524,7 @@ def test_cached_decoding_equals_uncached(family, route, top_k):
                     assert held == (chosen[t][o] if len(chosen[t]) > 1 else chosen[t][0])
 
 
-# --------------------------------------------------------------------------------- what is in a model
+# ------------------------------------------------------------------------------- what is in a model
 
 
 @pytest.mark.parametrize("gate", ["linear", "cosine"])
@@ -598,7 +597,7 @@ def test_options_that_do_not_fit_are_named(options, message):
         upcycle(lora_model("gpt2"), MoLExConfig(**options))
 
 
-# ------------------------------------------------------------------------------------------- numerics
+# ----------------------------------------------------------------------------------------- numerics
 
 
 @pytest.mark.parametrize("gate", ["linear", "cosine"])
@@ -641,7 +640,7 @@ def test_extreme_scores_stay_finite(activation, gate_weight, top_k, route):
         assert p.grad.isfinite().all(), name
 
 
-# ----------------------------------------------------------------------------------- data parallelism
+# --------------------------------------------------------------------------------- data parallelism
 
 SHARES = {"halves": (slice(0, 2), slice(2, 4)), "nothing": (slice(0, 4), slice(4, 4))}
 PARALLEL = [
@@ -706,7 +705,7 @@ def test_two_processes_decide_and_learn_what_one_would(tmp_path):
             torch.testing.assert_close(both, gradient, rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------- CUDA
+# --------------------------------------------------------------------------------------------- CUDA
 
 
 def step_on(model: Transformer, batch: tuple, device: str) -> list[Tensor]:
@@ -746,9 +745,10 @@ def test_two_streams_on_cuda_equal_the_cpu(route, top_k, device="cuda"):
         )
     ]
     model = molex_model("gpt2", T=6, d_model=256, route=route, top_k=top_k, alpha=0.5)
+    model.double()  # rounding, which differs between devices, must not turn a vote
     for work in (step_on, decode_on):
         expected = [work(model, batch, "cpu") for batch in batches]
         for repeat in range(20):
             got = work(model, batches[repeat % 2], device)
             for x, y in zip(got, expected[repeat % 2], strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6 * y.abs().max().item())
