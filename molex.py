@@ -206,14 +206,15 @@ class MoLEx(nn.Module):
         votes = (F.one_hot(best, T) * voter).sum(1).double()  # (B, T)
         # in float64, where the order of summation (padding, ranks) does not turn a vote
         means = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
-        tally = torch.stack([means, votes][: 1 if self.config.vote == "mean" else 2], dim=-1)
+        tally = torch.stack([votes, means], dim=1)
         if self.config.route == "batch":
             tally = tally.sum(0, keepdim=True)
             if self.training:
                 tally = sum_over_ranks(tally)
         picks = []
-        for scores in tally.tolist():
-            order = sorted(range(T), key=lambda j, s=scores: s[j][::-1], reverse=True)  # stable
+        for vote, mean in tally.tolist():
+            score = mean if self.config.vote == "mean" else list(zip(vote, mean, strict=True))
+            order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
             self.counts[t, picks[-1]] += len(log_a) // len(tally)
         if ctx.cache is not None:
@@ -226,7 +227,7 @@ class MoLEx(nn.Module):
         renormalised (Eq. 4, softmax after TopK): a_nj over the sum of the chosen a_n. For K = 1
             that is 1, whatever the gate says, and the task could not teach it; so the gradient
             passes straight through to a_nj, as if w were it.
-        prob (as in Switch, which appendix B follows elsewhere): a_nj itself. The task teaches the
+        prob (appendix B, read as in the Switch Transformer): a_nj itself. The task teaches the
             gate, and the second update is the smaller the less sure the gate is.
         """
         index = torch.tensor(picks, device=log_a.device)[:, None].expand(*log_a.shape[:2], -1)

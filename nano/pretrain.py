@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer  # noqa: E402
-from model import Config, Transformer, convert, read_config, read_tensors  # noqa: E402
+from eval import command_line  # noqa: E402
+from model import Config, InputError, Transformer, convert, read_config, read_tensors  # noqa: E402
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise  # noqa: E402
 
 END = "<|endoftext|>"
@@ -42,7 +43,7 @@ def documents(folder: Path) -> list[str]:
     """Paragraphs (blank lines part them) of all text files in the folder, in a fixed order."""
     files = sorted(folder.glob("*.txt"))
     if not files:
-        sys.exit(f"error: {folder} holds no *.txt files")
+        raise InputError(f"{folder} holds no *.txt files")
     texts = [part.strip() for f in files for part in re.split(r"\n\s*\n", f.read_text("utf-8"))]
     return [text for text in texts if text]
 
@@ -132,7 +133,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
-    args.out.mkdir(parents=True, exist_ok=True)
     hf = dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=args.vocab,
         n_embd=args.width, n_layer=args.layers, n_head=args.heads, n_positions=args.length,
@@ -142,6 +142,7 @@ def main() -> None:
     config = Config.from_hf(hf)
 
     texts = documents(args.text) + restaurant_guide(args.guide)
+    args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         train_tokenizer(texts, args.vocab, args.out)
     tokenizer = Tokenizer.from_folder(args.out, config)
@@ -192,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -99,7 +99,7 @@ def test_logits_equal_transformers_in_a_padded_batch(checkpoint, name, side):
         ("gpt2", dict(n_inner=40, activation_function="gelu", layer_norm_epsilon=0.1)),
         ("roberta", dict(layer_norm_eps=0.1, max_position_embeddings=20, pad_token_id=2)),
         ("llama", dict(num_key_value_heads=4, head_dim=16, attention_bias=True)),
-        ("llama", dict(num_key_value_heads=1, rms_norm_eps=0.1, eos_token_id=[5, 6])),
+        ("llama", dict(num_key_value_heads=1, rms_norm_eps=0.1)),
         ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     ],
 )
@@ -108,6 +108,14 @@ def test_settings_of_the_config(tmp_path, name, changes):
     reference.save_pretrained(tmp_path)
     ids = random_ids(2, 16)
     close(load(tmp_path)(ids), theirs(reference, ids))
+
+
+def test_special_tokens_of_the_config(checkpoint, tmp_path):
+    c = read_config(checkpoint("roberta"))
+    assert (c.bos, c.pad, c.eos) == (0, 1, 2)
+    config, tensors = parts(checkpoint("llama"))
+    c = read_config(write(tmp_path, config | dict(eos_token_id=[5, 6]), tensors))
+    assert (c.bos, c.pad, c.eos) == (1, None, 5)  # Llama 3.1's instruct models end in several ways
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
