@@ -416,20 +416,12 @@ def beam_search(
         for row, p in enumerate(prompt_of):
             if not going[row]:
                 answers[p] = done_ids[row, 0, : done_length[row, 0]].tolist()
-        rows = [row for row in range(len(going)) if going[row]]
-        if not rows:
+        if not any(going):
             break
-        prompt_of = [prompt_of[row] for row in rows]
-        if len(rows) < len(going):
-            rows = torch.tensor(rows, device=device)
-            open_ids, open_score, beam = open_ids[rows], open_score[rows], beam[rows]
-            done_ids, done_score, done_length = (
-                done_ids[rows],
-                done_score[rows],
-                done_length[rows],
-            )
-        else:
-            rows = torch.arange(len(going), device=device)
+        prompt_of = [p for p, goes in zip(prompt_of, going, strict=True) if goes]
+        rows = torch.tensor([row for row, goes in enumerate(going) if goes], device=device)
+        open_ids, open_score, beam = open_ids[rows], open_score[rows], beam[rows]
+        done_ids, done_score, done_length = done_ids[rows], done_score[rows], done_length[rows]
         cache.select((rows[:, None] * beams + beam).flatten())
         h = model.hidden(open_ids[..., -1].reshape(-1, 1), cache=cache)[:, -1]
     return answers

@@ -87,10 +87,11 @@ class Config:
             d_head=c.get("head_dim") or d_model // n_head, norm_eps=norm_eps,
             bos=c.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) else eos,
         )  # fmt: skip
-        unsupported = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "is_decoder")
-        for name in unsupported:
-            if c.get(name):
-                raise InputError(f"config.json sets {name}, which is not supported")
+        usual = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                     add_cross_attention=False, is_decoder=False)  # fmt: skip
+        for name, value in usual.items():
+            if c.get(name, value) != value:
+                raise InputError(f"config.json sets {name} to {c[name]}, which is not supported")
         if family == "gpt2":
             return cls(
                 **common, d_ff=c.get("n_inner") or 4 * d_model, max_positions=max_positions,

@@ -105,6 +105,7 @@ def test_what_is_saved_here_loads_in_peft_and_here(checkpoint, tmp_path, name):
     assert {(m.r, m.alpha, m.dropout) for m in loras(again).values()} == {(R, ALPHA, 0.1)}
     config = peft.PeftConfig.from_pretrained(tmp_path)
     assert config.base_model_name_or_path == "some/model" and config.lora_dropout == 0.1
+    assert config.fan_in_fan_out == (name == "gpt2")  # as transformers stores GPT-2's weights
     assert config.target_modules == set(TARGETS[name]) and changes_much(model, name)
 
 
@@ -291,5 +292,3 @@ def test_damaged_adapter(checkpoint, tmp_path, damage):
     with pytest.raises(InputError, match="holds no LoRA in peft's format") as caught:
         load_lora(load(checkpoint("llama")), tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-

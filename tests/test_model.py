@@ -411,6 +411,20 @@ def test_hub_name(checkpoint, monkeypatch):
     assert asked == [("someone/gpt2", ["*.json", "*.safetensors", "merges.txt"])]
 
 
+def test_hub_name_without_safetensors(checkpoint, monkeypatch, tmp_path):
+    """The bigger, older file is fetched only where there is no other."""
+
+    def fetch(name, allow_patterns):
+        shutil.copy(checkpoint("gpt2") / "config.json", tmp_path)
+        if "pytorch_model.bin" in allow_patterns:
+            tensors = load_file(checkpoint("gpt2") / "model.safetensors")
+            torch.save(tensors, tmp_path / "pytorch_model.bin")
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    close(load("someone/gpt2")(random_ids(1, 5)), theirs(tiny("gpt2"), random_ids(1, 5)))
+
+
 @pytest.mark.parametrize(
     "name, changes, message",
     [
@@ -420,7 +434,8 @@ def test_hub_name(checkpoint, monkeypatch):
         ("roberta", dict(intermediate_size=None), "config.json lacks intermediate_size"),
         ("llama", dict(rope_parameters=ROPE | dict(rope_type="yarn")), "rope_type 'yarn'"),
         ("gpt2", dict(activation_function="relu"), "activation 'relu' is not one of"),
-        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "sets scale_attn_by_inverse_layer_id"),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "sets scale_attn_by_inverse_layer_i"),
+        ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"),
         ("roberta", dict(is_decoder=True), "sets is_decoder"),
         ("gpt2", dict(n_layer=2), r"has unknown 16 tensor\(s\): layers.blocks.2.attn.k.bias, "),
         ("gpt2", dict(n_layer=4), r"lacks 16 tensor\(s\): layers.blocks.3.attn.k.bias, .*\.\.\.$"),

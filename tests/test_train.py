@@ -471,6 +471,16 @@ def test_importing_does_nothing():
     assert done.stderr == "" and math.isfinite(float(done.stdout)) and "\n" not in done.stdout[:-1]
 
 
+def test_the_readme_example_runs(capsys):
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["logits"].shape[2] == scope["model"].config.vocab_size
+    assert capsys.readouterr().out.startswith("[")
+
+
 def test_molex_config_survives_config_json():
     s = settings("--molex-layers 1-2")
     again = json.loads(json.dumps(asdict(s)))["molex"]
