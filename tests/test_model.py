@@ -6,6 +6,7 @@ pytest tests/test_model.py
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
