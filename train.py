@@ -91,7 +91,7 @@ class Settings:
 # Where a pair of model and task differs from the defaults of Settings and MoLExConfig.
 PRESETS: dict[tuple[str, str], dict] = {
     ("nano/gpt2", "e2e"): dict(
-        data="nano/e2e", epochs=3, lr=5e-3, warmup=50, eval_batch=70, layers=tuple(range(8))
+        data="nano/e2e", epochs=3, lr=2e-2, warmup=100, eval_batch=70, layers=tuple(range(8))
     ),
 }
 
