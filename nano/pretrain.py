@@ -4,9 +4,9 @@ It wrote nano/gpt2, the model that `python train.py` fine-tunes by default: a ch
 Hugging Face layout (float16) that model.py, and transformers, load like any other.
 
 A model of 2M parameters that has read only newspapers has no words for restaurants and no habit of
-repeating a name that it has just met. So --guide adds plain text from the grammar of make_e2e.py:
-each document describes one restaurant a few times over, in other words. There are no meaning
-representations in it, and none of the restaurants of nano/e2e.
+repeating, after an end-of-text token, a name that it met before. So --guide adds plain text from
+the grammar of make_e2e.py, where three documents in a row describe one restaurant in different
+words. There are no meaning representations in it, and none of the restaurants of nano/e2e.
 
     pip install -r requirements-dev.txt                      # for `tokenizers`
     python nano/pretrain.py --text DIR --out nano/gpt2       # DIR holds *.txt
@@ -49,15 +49,16 @@ def documents(folder: Path) -> list[str]:
 
 
 def restaurant_guide(count: int) -> list[str]:
-    """Documents of three descriptions of one restaurant. Those of nano/e2e are left out, and so are
-    the names that only its test set has."""
+    """Short documents, always three on end that describe one restaurant. Those of nano/e2e are left
+    out, and so are the names that only its test set has."""
     used = {row[0] for rows in make_splits(0).values() for row in rows}
     rng, texts = random.Random(1), []
     while len(texts) < count:
         mr = random_mr(rng)
         if format_mr(mr) not in used and mr["name"] not in UNSEEN_NAMES:
-            texts.append("\n".join(realise(mr, rng) for _ in range(3)))
-    return texts
+            texts.append(realise(mr, rng))
+            texts += [" " + realise(mr, rng) for _ in range(2)]
+    return texts[:count]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, out: Path) -> None:
@@ -120,7 +121,7 @@ def validation_loss(model: Transformer, blocks: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of *.txt files")
-    parser.add_argument("--guide", type=int, default=15_000, help="documents from the grammar")
+    parser.add_argument("--guide", type=int, default=45_000, help="documents from the grammar")
     parser.add_argument("--out", type=Path, default=Path("nano/gpt2"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--vocab", type=int, default=4096)

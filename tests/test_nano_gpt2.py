@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from data import Tokenizer, read_e2e
 from model import load, read_config
-from nano.make_e2e import UNSEEN_NAMES
+from nano.make_e2e import NAMES, UNSEEN_NAMES
 from nano.pretrain import END, documents, restaurant_guide
 
 ROOT = Path(__file__).parents[1]
@@ -49,13 +49,15 @@ def test_the_committed_model_has_learned_english():
 
 
 def test_the_guide_holds_nothing_of_the_data_set():
-    guide = restaurant_guide(300)
-    assert len(set(guide)) > 290
+    guide = restaurant_guide(900)
+    assert len(set(guide)) > 890
+    for three in zip(guide[::3], guide[1::3], guide[2::3], strict=True):
+        assert any(all(name in text for text in three) for name in NAMES)
     assert not any(name in text for text in guide for name in UNSEEN_NAMES)
     references = {
         ref for split in ("train", "dev", "test") for _, ref in read_e2e("nano/e2e", split)
     }
-    assert not references & {line for text in guide for line in text.split("\n")}
+    assert not references & {text.strip() for text in guide}
 
 
 def pretrain(text: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
