@@ -310,7 +310,8 @@ def e2e_scores(predictions: list[str], references: list[list[str]]) -> dict[str,
             f"but there are {len(predictions)} predictions and {len(references)} groups"
         )
     metrics = (bleu, nist, meteor, rouge_l, cider)
-    return {metric.__name__: metric(predictions, references) for metric in metrics}
+    bar = tqdm(metrics, "metrics", leave=False)
+    return {metric.__name__: metric(predictions, references) for metric in bar}
 
 
 def paired_bootstrap(

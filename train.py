@@ -28,7 +28,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, Tokenizer, collate, encode_pairs, read_e2e, shuffled_batches
+from data import (
+    Example,
+    Tokenizer,
+    collate,
+    e2e_prompt,
+    encode_pairs,
+    read_e2e,
+    shuffled_batches,
+)
 from eval import (
     Parser,
     autocast,
@@ -91,7 +99,7 @@ class Settings:
 # Where a pair of model and task differs from the defaults of Settings and MoLExConfig.
 PRESETS: dict[tuple[str, str], dict] = {
     ("nano/gpt2", "e2e"): dict(
-        data="nano/e2e", epochs=3, lr=2e-2, warmup=100, eval_batch=70, layers=tuple(range(8))
+        data="nano/e2e", epochs=3, lr=1e-2, warmup=50, eval_batch=70, layers=tuple(range(8))
     ),
 }
 
@@ -299,7 +307,10 @@ def make_optimizer(
 
 def train(s: Settings, folder: Path, device: torch.device) -> None:
     """Train one run in its folder, from its beginning or from last.pt, to its end."""
-    pairs = {split: read_e2e(s.data, split) for split in ("train", "dev", "test")}
+    pairs = {
+        split: [(e2e_prompt(mr), ref) for mr, ref in read_e2e(s.data, split)]
+        for split in ("train", "dev", "test")  # the test set only to be sure that it is there
+    }
     model, tokenizer = prepare(s, device)
     limit = min(s.max_length, model.config.max_positions)
     examples, dev = (encode_pairs(tokenizer, pairs[split], limit) for split in ("train", "dev"))

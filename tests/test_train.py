@@ -334,6 +334,29 @@ def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, molex):
     assert logs[0] == logs[1] and [e["epoch"] for e in logs[0]] == [1, 2, 3]
 
 
+def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
+    """The prompt under which an answer is learned is the one under which it is asked for."""
+    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
+    monkeypatch.setattr(evaluation, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
+    learned, asked = set(), set()
+    step, search = train.train_step, evaluation.beam_search
+    monkeypatch.setattr(
+        train,
+        "train_step",
+        lambda m, o, examples, s: learned.update(tuple(e.prompt) for e in examples)
+        or step(m, o, examples, s),
+    )
+    monkeypatch.setattr(
+        evaluation,
+        "beam_search",
+        lambda m, prompts, *rest, **kw: asked.update(map(tuple, prompts))
+        or search(m, prompts, *rest, **kw),
+    )
+    train.train(settings(f"--epochs 1 {SHORT}"), tmp_path, CPU)
+    evaluation.evaluate_run(tmp_path, CPU)
+    assert learned == asked and len(asked) > 1
+
+
 def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
     losses, seen = iter([2.0, 1.0, 1.5]), []
