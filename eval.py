@@ -564,7 +564,7 @@ def plot_routes(counts: Tensor, path: Path) -> None:
     from matplotlib import pyplot
 
     T = len(counts)
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1) * 100
+    share = (counts / counts.sum(1, keepdim=True).clamp(min=1) * 100).numpy()
     figure, axes = pyplot.subplots(figsize=(1.5 + 0.28 * T, 1 + 0.28 * T))
     image = axes.imshow(share.T, cmap="Greys", vmin=0, vmax=100, origin="lower")
     axes.plot(range(T), range(T), ".", color="tab:red", markersize=2)  # the slot's own layer

@@ -343,14 +343,16 @@ def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
     monkeypatch.setattr(
         train,
         "train_step",
-        lambda m, o, examples, s: learned.update(tuple(e.prompt) for e in examples)
-        or step(m, o, examples, s),
+        lambda m, o, examples, s: (
+            learned.update(tuple(e.prompt) for e in examples) or step(m, o, examples, s)
+        ),
     )
     monkeypatch.setattr(
         evaluation,
         "beam_search",
-        lambda m, prompts, *rest, **kw: asked.update(map(tuple, prompts))
-        or search(m, prompts, *rest, **kw),
+        lambda m, prompts, *rest, **kw: (
+            asked.update(map(tuple, prompts)) or search(m, prompts, *rest, **kw)
+        ),
     )
     train.train(settings(f"--epochs 1 {SHORT}"), tmp_path, CPU)
     evaluation.evaluate_run(tmp_path, CPU)
