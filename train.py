@@ -365,22 +365,22 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
             if rank == 0 and now - saved > SAVE_SECONDS and place < len(batches) and step < steps:
                 seconds, started, saved = seconds + now - started, now, now
                 save()
+        train_loss = loss_sum.item() / place
+        loss_sum.zero_()
         if rank == 0:
             seconds += time.perf_counter() - started
-            entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum.item() / place,
+            entry = dict(epoch=epoch + 1, step=step, train_loss=train_loss,
                          dev_loss=dev_loss(model, dev, s.eval_batch),
                          seconds_per_step=seconds / step)  # fmt: skip
             log.append(entry)
             if entry["dev_loss"] == min(e["dev_loss"] for e in log):
                 best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
                 write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
-            loss_sum.zero_()
-            save()
             write_text(folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
+            save()  # last: a kill before it repeats the epoch's end and writes the others again
             bar.write("epoch {epoch}: train loss {train_loss:.4f}, dev loss {dev_loss:.4f}".format(
                 **entry))  # fmt: skip
             started = saved = time.perf_counter()
-        loss_sum.zero_()
     bar.close()
 
 
@@ -392,10 +392,8 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     if processes > 1:
         dist.barrier()
     if (folder / "config.json").exists():
-        old, new = (
-            json.loads((folder / "config.json").read_text()),
-            json.loads(json.dumps(asdict(s))),
-        )
+        old = json.loads((folder / "config.json").read_text())
+        new = json.loads(json.dumps(asdict(s)))  # tuples become lists there
         if changed := [n for n in new if old.get(n) != new[n]]:
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"

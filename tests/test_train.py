@@ -334,6 +334,26 @@ def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, molex):
     assert logs[0] == logs[1] and [e["epoch"] for e in logs[0]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "metrics.jsonl", "last.pt"])
+def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
+    """Whichever file of the last epoch is the first not to be written, the next start makes up."""
+    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    s, rename = settings("--epochs 1"), evaluation.os.replace
+
+    def dies(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(evaluation.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(s, tmp_path, CPU)
+    monkeypatch.setattr(evaluation.os, "replace", rename)
+    train.train(s, tmp_path, CPU)
+    assert (tmp_path / "adapter.safetensors").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
     """The prompt under which an answer is learned is the one under which it is asked for."""
     monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
