@@ -8,7 +8,7 @@ import csv
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model import Config, InputError, locate, reason
 
@@ -44,6 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: dict[str, int], merges: list, pattern: str, config: Config) -> None:
+        self.family = config.family
         self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
         symbols = byte_symbols()
         # tiktoken wants ranks (merge order), which are not the checkpoint's ids in every family.
@@ -171,18 +173,150 @@ def group_references(pairs: list[tuple[str, str]]) -> tuple[list[str], list[list
     return list(groups), list(groups.values())
 
 
+# --------------------------------------------------------------------------------------------- GLUE
+
+GLUE_HUB = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task of GLUE (Wang et al., 2018): its official files and the metric of Table 1."""
+
+    folder: str
+    texts: tuple[str, ...]  # the columns that hold the sentence or the two
+    label: str  # the column that holds the label
+    labels: tuple[str, ...] = ()  # in the hub's order; none: a score from 0 to 5
+    metric: str = "accuracy"
+    dev: tuple[str, ...] = ("dev",)
+    header: tuple[str, ...] = ()  # if the files have none
+    ragged: bool = False  # the official file has broken rows
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+SENTENCES, QUESTIONS = ("sentence1", "sentence2"), ("question1", "question2")
+GLUE = {  # in the order of Table 1
+    "mnli": GlueTask("MNLI", SENTENCES, "gold_label", ("entailment", "neutral", "contradiction"),
+                     dev=("dev_matched", "dev_mismatched")),
+    "sst2": GlueTask("SST-2", ("sentence",), "label", ("0", "1")),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1")),
+    "cola": GlueTask("CoLA", ("sentence",), "label", ("0", "1"), "matthews",
+                     header=("source", "label", "star", "sentence")),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
+    "qqp": GlueTask("QQP", QUESTIONS, "is_duplicate", ("0", "1"), ragged=True),
+    "rte": GlueTask("RTE", SENTENCES, "label", ENTAILMENT),
+    "stsb": GlueTask("STS-B", SENTENCES, "score", metric="pearson"),
+}  # fmt: skip
+
+Row = tuple[tuple[str, ...], float]  # one or two texts; the label's number, or the score
+
+
+def glue_file(folder: str | Path, task: str, split: str) -> Path:
+    """The official file of a split. Raises InputError if it is not there."""
+    path = locate(folder) / GLUE[task].folder / f"{split}.tsv"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; --data DIR must hold GLUE's own folders, such as RTE")
+    return path
+
+
+def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
+    """The rows of "train", "dev" or, for MNLI, "dev_matched" and "dev_mismatched", from the
+    official TSV files in `folder`, or from the hub if None.
+
+    A quotation mark is text, as in the official files, which quote nothing. Raises InputError with
+    file and line.
+    """
+    spec = GLUE[task]
+    if folder is None:
+        from datasets import load_dataset  # slow to import
+
+        try:
+            table = load_dataset(GLUE_HUB, task, split=split.replace("dev", "validation"))
+        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
+            raise InputError(
+                f"{GLUE_HUB} cannot be fetched ({reason(error)}); get the official TSV files by"
+                " other means and pass --data DIR"
+            ) from error
+        columns = [name for name in table.column_names if name not in ("label", "idx")]
+        return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
+                        strict=True))  # fmt: skip
+    path = glue_file(folder, task, split)
+    rows = [line.rstrip("\r").split("\t") for line in _read_text(path).rstrip("\n").split("\n")]
+    header = spec.header or tuple(rows.pop(0))
+    absent = {*spec.texts, spec.label} - set(header)
+    if absent:
+        raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+    *texts, label = (header.index(name) for name in (*spec.texts, spec.label))
+    examples, broken = [], 0
+    for number, row in enumerate(rows, start=1 if spec.header else 2):
+        where = f"{path}, line {number}:"
+        if len(row) < len(header):
+            broken += 1
+            if spec.ragged:
+                continue
+            raise InputError(f"{where} {len(row)} columns, not {len(header)}")
+        if spec.labels and row[label] not in spec.labels:
+            raise InputError(f"{where} label {row[label]!r} is not one of {', '.join(spec.labels)}")
+        if not spec.labels and not re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", row[label]):
+            raise InputError(f"{where} score {row[label]!r} is not a number from 0 to 5")
+        target = spec.labels.index(row[label]) if spec.labels else float(row[label])
+        examples.append((tuple(row[i] for i in texts), target))
+    if broken:
+        print(f"{path}: left out {broken} rows with too few columns")
+    if not examples:
+        raise InputError(f"{path} holds no examples")
+    return examples
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to be learned, both as token ids."""
+    """Token ids that are given, and what is to be learned: the ids of an answer, or a label (the
+    number of a class, or a score)."""
 
     prompt: list[int]
-    answer: list[int]
+    answer: list[int] = field(default_factory=list)
+    label: float | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @property
+    def targets(self) -> int:
+        """How many terms this adds to the loss."""
+        return len(self.answer) + (self.label is not None)
+
+
+def encode_texts(tokenizer: Tokenizer, texts: tuple[str, ...], limit: int) -> list[int]:
+    """One text, or two, as at most `limit` ids: the longer one is cut first.
+
+    RoBERTa: <s> A </s> or <s> A </s></s> B </s>. A decoder, with its end-of-text token: A <end> or
+    A <end> B <end>, so that its last token has read everything. Raises InputError if the checkpoint
+    has no such tokens, or if nothing fits.
+    """
+    encoder = tokenizer.family == "roberta"
+    start, gap, end = [tokenizer.bos] * encoder, [tokenizer.eos] * (1 + encoder), [tokenizer.eos]
+    if None in start + end:
+        raise InputError("the checkpoint's config.json names no bos_token_id or no eos_token_id")
+    parts = [tokenizer.encode(text) for text in texts]
+    room = limit - len(start + end) - len(gap) * (len(parts) - 1)
+    if room < len(parts):
+        raise InputError(f"{len(parts)} texts do not fit into {limit} tokens; raise --max-length")
+    while sum(map(len, parts)) > room:
+        max(reversed(parts), key=len).pop()
+    ids = start + parts[0]
+    for part in parts[1:]:
+        ids += gap + part
+    return ids + end
+
+
+def encode_glue(tokenizer: Tokenizer, rows: list[Row], limit: int) -> list[Example]:
+    """Rows of `read_glue` as Examples of at most `limit` tokens."""
+    return [
+        Example(encode_texts(tokenizer, texts, limit), label=label)
+        for texts, label in tqdm(rows, "encode", leave=False)
+    ]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -223,13 +357,14 @@ def shuffled_batches(lengths: list[int], batch_size: int, seed: int) -> list[lis
 
 @dataclass
 class Batch:
-    """B sequences padded on the right to N tokens; M tokens of them are to be predicted."""
+    """B sequences padded on the right to N tokens, with M targets."""
 
     ids: Tensor  # (B, N)
     mask: Tensor  # (B, N) bool, real tokens
     prompt: Tensor  # (B, N) bool
-    where: Tensor  # (M,) places in the flattened (B * N) from which a target is predicted
-    target: Tensor  # (M,) the token that comes next there
+    where: Tensor  # (M,) places in the flattened (B * N) from which a token is predicted, or the
+    # sequences (of B) that have a label
+    target: Tensor  # (M,) that token, or that label; a float for a score
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
@@ -243,21 +378,26 @@ def collate(examples: list[Example]) -> Batch:
     N = max(1, max(len(e) for e in examples))
     ids = torch.zeros(len(examples), N, dtype=torch.long)
     mask, prompt = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    where, target = [], []
+    where, target = [], []  # of tokens, or of labels
     for i, e in enumerate(examples):
         ids[i, : len(e)] = torch.tensor(e.prompt + e.answer)
         mask[i, : len(e)] = True
         prompt[i, : len(e.prompt)] = True
-        where += range(i * N + len(e.prompt) - 1, i * N + len(e) - 1)
-        target += e.answer
-    return Batch(ids, mask, prompt, torch.tensor(where).long(), torch.tensor(target).long())
+        if e.label is None:
+            where += range(i * N + len(e.prompt) - 1, i * N + len(e) - 1)
+            target += e.answer
+        else:
+            where.append(i)
+            target.append(e.label)
+    kind = torch.float32 if any(isinstance(y, float) for y in target) else torch.long
+    return Batch(ids, mask, prompt, torch.tensor(where).long(), torch.tensor(target, dtype=kind))
 
 
 # ------------------------------------------------------------------ outputs and references to score
 
 
-def _read_lines(path: Path) -> list[str]:
-    """The stripped lines of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
+def _read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -266,7 +406,12 @@ def _read_lines(path: Path) -> list[str]:
         raise InputError(f"{path} is not UTF-8 text") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
-    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+    return text
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Its lines, stripped."""
+    return [line.strip() for line in _read_text(path).removesuffix("\n").split("\n")]
 
 
 def clean(value: str) -> str:

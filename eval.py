@@ -1,13 +1,16 @@
-"""Evaluation: beam search, and the five metrics of the E2E NLG challenge (Table 2, appendix B.2).
+"""Evaluation: GLUE's metrics (Table 1), beam search, the E2E challenge's metrics (Table 2).
 
-The numbers equal those of the challenge's own script (github.com/tuetschek/e2e-metrics) to four
-decimals: BLEU and NIST as in its Python module "pymteval", METEOR 1.5, ROUGE-L and CIDEr as in
-Microsoft COCO's caption evaluation, which first tokenizes like the Penn Treebank (PTB).
+GLUE (appendix B.1): accuracy, Matthews correlation for CoLA, Pearson correlation for STS-B.
+E2E (appendix B.2): the numbers equal those of the challenge's own script
+(github.com/tuetschek/e2e-metrics) to four decimals: BLEU and NIST as in its Python module
+"pymteval", METEOR 1.5, ROUGE-L and CIDEr as in Microsoft COCO's caption evaluation, which first
+tokenizes like the Penn Treebank (PTB).
 
     python eval.py runs/gpt2-medium-e2e-molex-s0        decode the test set with a finished run
+    python eval.py runs/roberta-base-rte-molex-s0       classify the dev set with one
     python eval.py --predictions outputs.txt --references testset_w_refs.csv [--json]
 
-The second scores the output of any system. Predictions: one per line, or a .csv/.tsv file with the
+The last scores the output of any system. Predictions: one per line, or a .csv/.tsv file with the
 columns MR and output. References: one per line with a blank line between groups (without any blank
 line, one reference per prediction), or a .csv/.tsv file with the columns mr and ref, where
 consecutive rows with the same MR form a group. Two tables are matched by MR, anything else by
@@ -28,6 +31,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
@@ -39,16 +43,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
+    GLUE,
+    Example,
     Tokenizer,
     clean,
+    collate,
     e2e_prompt,
+    encode_glue,
     encode_prompt,
     group_references,
     read_e2e,
     read_files,
+    read_glue,
 )
 from lora import add_lora, merge
-from model import Cache, InputError, Transformer, checkpoint_folder, load
+from model import Cache, ClassificationHead, InputError, Transformer, checkpoint_folder, load
 from molex import MoLEx, MoLExConfig, upcycle
 
 # ------------------------------------------------------------------------------------- tokenization
@@ -332,6 +341,64 @@ def paired_bootstrap(
     return difference, results["BLEU"][1].p_value
 
 
+# --------------------------------------------------------------------------------------------- GLUE
+
+
+def accuracy(predictions: list[float], labels: list[float]) -> float:
+    return sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
+
+
+def pearson(predictions: list[float], labels: list[float]) -> float:
+    """Pearson correlation; 0 if either side is constant, where it is not defined."""
+    x, y = (np.asarray(v, dtype=np.float64) for v in (predictions, labels))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = (v - v.mean() for v in (x, y))
+    return float((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)))
+
+
+def matthews(predictions: list[float], labels: list[float]) -> float:
+    """Matthews (1975) correlation of two classes: the Pearson correlation of their numbers, 0 and
+    1. It is 0 if either side is constant, as in scikit-learn."""
+    return pearson(predictions, labels)
+
+
+METRICS = {f.__name__: f for f in (accuracy, matthews, pearson)}
+
+
+@torch.no_grad()
+def classify(model: Transformer, examples: list[Example], batch_size: int) -> list[float]:
+    """The most likely class of each example, or its score. Texts of like length share a batch."""
+    device, training = model.embed.weight.device, model.training
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    found = []
+    for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False):
+        batch = collate([examples[j] for j in order[i : i + batch_size]]).to(device)
+        with autocast(device):
+            logits = model(batch.ids, batch.mask).float()
+        found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+    model.train(training)
+    answers = dict(zip(order, torch.cat(found).tolist(), strict=True))
+    return [answers[i] for i in range(len(examples))]
+
+
+def glue_scores(
+    task: str, predictions: dict[str, list[float]], dev: dict[str, list[Example]]
+) -> dict[str, float]:
+    """The task's metric over all dev splits together (Table 1: "overall"), and over each if there
+    are several."""
+    metric = METRICS[GLUE[task].metric]
+    labels = {split: [e.label for e in examples] for split, examples in dev.items()}
+    scores = {metric.__name__: metric(sum(predictions.values(), []), sum(labels.values(), []))}
+    if len(dev) > 1:
+        scores |= {
+            split.replace("dev", metric.__name__): metric(predictions[split], labels[split])
+            for split in dev
+        }
+    return scores
+
+
 # -------------------------------------------------------------------------------------- beam search
 
 
@@ -460,24 +527,50 @@ def write_text(path: Path, text: str) -> None:
 
 
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's config.json: pretrained, with LoRA, with MoLEx if set."""
-    folder = checkpoint_folder(config["model"])
-    model = load(config["model"], dropout=config["dropout"])
-    add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"])
+    """Model and tokenizer of a run's config.json: pretrained, with what `tune` trains, with MoLEx
+    if set. "full" is every parameter; "bitfit" every bias (Zaken et al., 2021)."""
+    folder, tune = checkpoint_folder(config["model"]), config["tune"]
+    head = max(1, len(GLUE[config["task"]].labels)) if config["task"] in GLUE else "lm"
+    model = load(config["model"], head=head, dropout=config["dropout"])
+    if tune == "lora":
+        add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"])
+    if tune == "bitfit":
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias") or name in task_head(model))
+        if trained_tensors(model).keys() <= task_head(model):
+            raise InputError(f"{config['model']} has no biases, which are what bitfit trains")
     if config["molex"]:
         upcycle(model, MoLExConfig(**config["molex"]))
     return model.to(device), Tokenizer.from_folder(folder, model.config)
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer, dict]:
-    """The best epoch of a run, its tokenizer and its config. Raises InputError if it has none."""
+def trained_tensors(model: Transformer) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def task_head(model: Transformer) -> set[str]:
+    """Names of the parameters of a new classification head. They are not counted as trainable, as
+    in Table 1, and not taken over from another run."""
+    if not isinstance(model.head, ClassificationHead):
+        return set()
+    return {"head." + name for name, _ in model.head.named_parameters()}
+
+
+def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """config.json, and the trained tensors of the best epoch. Raises InputError if there is no run
+    with a finished epoch."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "adapter.safetensors")
+        return config, load_file(folder / "adapter.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{folder} is not a run with a finished epoch ({error})") from error
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer, dict]:
+    """The best epoch of a run, its tokenizer and its config. Raises InputError if it has none."""
+    config, tensors = read_run(folder)
     model, tokenizer = build(config, device)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = trained_tensors(model)
     if trained.keys() != tensors.keys():
         raise InputError(f"{folder / 'adapter.safetensors'} does not fit {folder / 'config.json'}")
     with torch.no_grad():
@@ -508,17 +601,65 @@ def generate(
     return answers
 
 
-def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
-    """Decode the test set with a run's best epoch and score it.
+def best_epoch(log: list[dict], task: str) -> dict:
+    """The entry of metrics.jsonl whose dev set fared best, the first of equals: by the task's
+    metric in GLUE, otherwise by loss."""
+    if task in GLUE:
+        return max(log, key=lambda entry: entry[GLUE[task].metric])
+    return min(log, key=lambda entry: entry["dev_loss"])
 
-    Writes predictions.tsv (MR, output), samples.txt (five outputs beside their references),
-    routes.png (which layer ran where, MoLEx only) and scores.json, and returns the scores.
+
+def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
+    """Score a run's best epoch, on the dev set of GLUE or the test set of E2E.
+
+    Writes predictions.tsv, samples.txt (five of them beside what is right), routes.png (which layer
+    ran where, MoLEx only) and scores.json, and returns the scores.
     """
     model, tokenizer, config = load_run(folder, device)
+    trained = trained_tensors(model).items()
+    trainable = sum(p.numel() for n, p in trained if n not in task_head(model))
+    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    best = best_epoch([*log], config["task"]) | dict(trainable=trainable)
+    if config["task"] in GLUE:  # not merged: to the last bit what was measured in training
+        cast_frozen(model)
+        scores = best | evaluate_glue(model, tokenizer, config, folder)
+    else:
+        merge(model)
+        cast_frozen(model)
+        scores = best | evaluate_e2e(model, tokenizer, config, folder)
+    if isinstance(model.layers, MoLEx):
+        plot_routes(model.layers.counts, folder / "routes.png")
+    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def evaluate_glue(
+    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
+) -> dict[str, float]:
+    """Classify the dev splits; predictions.tsv has split, index, label, prediction."""
+    task, limit = config["task"], min(config["max_length"], model.config.max_positions)
+    rows = {split: read_glue(config["data"], task, split) for split in GLUE[task].dev}
+    dev = {split: encode_glue(tokenizer, rows[split], limit) for split in rows}
+    found = {s: classify(model, examples, config["eval_batch"]) for s, examples in dev.items()}
+    names, table, samples = GLUE[task].labels, ["split\tindex\tlabel\tprediction\n"], []
+    for split, examples in dev.items():
+        chosen = {k * len(examples) // 5 for k in range(5)}
+        for i, (e, answer) in enumerate(zip(examples, found[split], strict=True)):
+            label, said = (names[int(y)] if names else f"{y:.3f}" for y in (e.label, answer))
+            table.append(f"{split}\t{i}\t{label}\t{said}\n")
+            if i in chosen:
+                texts = "\n".join(rows[split][i][0])
+                samples.append(f"{texts}\n  prediction: {said}\n  label:      {label}\n")
+    write_text(folder / "predictions.tsv", "".join(table))
+    write_text(folder / "samples.txt", "\n".join(samples))
+    return glue_scores(task, found, dev)
+
+
+def evaluate_e2e(
+    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
+) -> dict[str, float]:
+    """Decode the test set; predictions.tsv has MR, output."""
     mrs, references = read_test(config)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    merge(model)
-    cast_frozen(model)
     search = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
     outputs = generate(
         model, tokenizer, [e2e_prompt(mr) for mr in mrs], config["eval_batch"],
@@ -532,13 +673,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
         for i in sorted({k * len(mrs) // 5 for k in range(5)})
     ]
     write_text(folder / "samples.txt", "\n".join(samples))
-    if isinstance(model.layers, MoLEx):
-        plot_routes(model.layers.counts, folder / "routes.png")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    best = min(map(json.loads, lines), key=lambda entry: entry["dev_loss"])
-    scores = e2e_scores(outputs, references) | dict(trainable=trainable, **best)
-    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
-    return scores
+    return e2e_scores(outputs, references)
 
 
 def read_test(config: dict) -> tuple[list[str], list[list[str]]]:
@@ -573,7 +708,7 @@ def plot_routes(counts: Tensor, path: Path) -> None:
     for third in (T / 3, 2 * T / 3):
         axes.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
         axes.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
-    figure.colorbar(image, label="% of test prompts", fraction=0.046)
+    figure.colorbar(image, label="% of sequences", fraction=0.046)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -602,7 +737,7 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(description="Evaluate a run, or score text with the E2E challenge's metrics")
-    parser.add_argument("run", type=Path, nargs="?", help="run folder, to decode its test set")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder, to evaluate it again")
     parser.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
     parser.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
     parser.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
@@ -613,8 +748,11 @@ def main() -> None:
         scores = e2e_scores(*read_files(args.predictions, args.references))
     else:
         raise InputError("give a run folder, or both --predictions FILE and --references FILE")
-    for name in ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"):
-        print(f"{name:8}{scores[name.lower()]:.4f}")
+    shown = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "accuracy", "accuracy_matched",
+             "accuracy_mismatched", "matthews", "pearson")  # fmt: skip
+    for name in shown:
+        if name.lower() in scores:
+            print(f"{name:8}{scores[name.lower()]:.4f}")
     if args.json:
         print(json.dumps(scores))
 

@@ -7,11 +7,13 @@ with LoRA on the query and value projections of every layer (Tables 5 and 6).
     merge(model); unmerge(model)        one to fold B A into W (faster), one to take it out,
     remove(model)                       one to drop it;
     save_lora(model, folder)            and peft's own files, so that what is trained here loads
-    load_lora(model, folder)            there, over the transformers model, and the other way round.
+    load_lora(model, folder)            there, over the transformers model, and the other way round;
+    load_loralib(model, file)           reads the .bin files that the LoRA paper's code published.
 """
 
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import ClassificationHead, InputError, Transformer
+from model import ClassificationHead, InputError, Transformer, reason
 
 
 class LoRA(nn.Module):
@@ -189,10 +191,32 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
     targets = tuple(sorted({name.split(".")[-2] for name in state}))
     factor = 2 if family == "gpt2" else 1
     add_lora(model, r // factor, alpha / factor, dropout, targets)
+    fill(model, state, folder)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Transformer, state: dict[str, Tensor], source: Path) -> None:
+    """Copy A and B of every LoRA from `state`. Raises InputError, naming the source, if they do not
+    fit."""
     own = {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
     if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
-        raise InputError(f"the LoRA in {folder} was made for a model of another shape")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(state[name])
-    return model
+        raise InputError(f"the LoRA in {source} was made for a model of another shape or rank")
+    for name, p in own.items():
+        p.copy_(state[name])
+
+
+def load_loralib(model: Transformer, file: Path) -> None:
+    """Fill a RoBERTa's LoRA from a .bin file of github.com/microsoft/LoRA, whose names are those of
+    transformers, with lora_A and lora_B. The task head in it is left out. It does not say alpha,
+    which is 16 in that repository's scripts for RoBERTa. Raises InputError if it does not fit."""
+    pattern = r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$"
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        names = {name: re.search(pattern, name) for name in tensors}
+    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file} cannot be read as a LoRA: {reason(error)}") from error
+    if model.config.family != "roberta" or not any(names.values()):
+        raise InputError(f"{file} holds no lora_A and lora_B for a RoBERTa")
+    found = {"layers.blocks.{}.attn.{}.{}".format(*m.groups()): n for n, m in names.items() if m}
+    fill(model, {ours: tensors[theirs] for ours, theirs in found.items()}, file)

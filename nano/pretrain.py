@@ -1,16 +1,18 @@
-"""Train a small byte-level BPE and pretrain a small GPT-2 on a folder of plain text.
+"""Train a small byte-level BPE and pretrain a small GPT-2 or RoBERTa on a folder of plain text.
 
-It wrote nano/gpt2, the model that `python train.py` fine-tunes by default: a checkpoint in the
-Hugging Face layout (float16) that model.py, and transformers, load like any other.
+It wrote nano/gpt2, the model that `python train.py` fine-tunes by default, and nano/roberta: two
+checkpoints in the Hugging Face layout (float16) that model.py, and transformers, load like any
+other. GPT-2 learns to predict the next token, RoBERTa masked ones (Devlin et al., 2019).
 
 A model of 2M parameters that has read only newspapers has no words for restaurants and no habit of
-repeating, after an end-of-text token, a name that it met before. So --guide adds plain text from
-the grammar of make_e2e.py, where three documents in a row describe one restaurant in different
-words. There are no meaning representations in it, and none of the restaurants of nano/e2e.
+looking up, across an end-of-text token, what it met before. So --guide adds plain text from the
+grammar of make_e2e.py, where three documents in a row describe one restaurant in different words.
+There are no meaning representations in it, and none of the restaurants of nano/e2e.
 
     pip install -r requirements-dev.txt                      # for `tokenizers`
-    python nano/pretrain.py --text DIR --out nano/gpt2       # DIR holds *.txt
-    python nano/pretrain.py --text DIR --out nano/gpt2 --resume     # after a kill, from OUT/last.pt
+    python nano/pretrain.py --text DIR --family gpt2         # DIR holds *.txt
+    python nano/pretrain.py --text DIR --family roberta --lr 2e-3
+    python nano/pretrain.py --text DIR --family roberta --lr 2e-3 --resume       # after a kill
 """
 
 import argparse
@@ -36,7 +38,9 @@ from eval import command_line  # noqa: E402
 from model import Config, InputError, Transformer, convert, read_config, read_tensors  # noqa: E402
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise  # noqa: E402
 
-END = "<|endoftext|>"
+# Ids 0, 1, ...; text never encodes to them. GPT-2's one stands between documents.
+SPECIAL = {"gpt2": ["<|endoftext|>"], "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
+MASK_SHARE = 0.15  # of the tokens, as BERT and RoBERTa
 
 
 def documents(folder: Path) -> list[str]:
@@ -61,16 +65,46 @@ def restaurant_guide(count: int) -> list[str]:
     return texts[:count]
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, out: Path) -> None:
-    """Byte-level BPE in GPT-2's two files, vocab.json and merges.txt; id 0 ends a document."""
+def train_tokenizer(texts: list[str], vocab_size: int, special: list[str], out: Path) -> None:
+    """Byte-level BPE in GPT-2's and RoBERTa's two files, vocab.json and merges.txt."""
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END],
+        vocab_size=vocab_size, special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     bpe.model.save(str(out))
+
+
+def hf_config(family: str, args: argparse.Namespace) -> dict:
+    """The content of config.json."""
+    if family == "gpt2":
+        return dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=args.vocab,
+            n_embd=args.width, n_layer=args.layers, n_head=args.heads, n_positions=args.length,
+            n_ctx=args.length, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+    return dict(
+        architectures=["RobertaForMaskedLM"], model_type="roberta", vocab_size=args.vocab,
+        hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        intermediate_size=4 * args.width, max_position_embeddings=args.length + 2,
+        hidden_act="gelu", layer_norm_eps=1e-5, type_vocab_size=1, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def pack(tokenizer: Tokenizer, texts: list[str], config: Config, length: int) -> torch.Tensor:
+    """All texts as one stream of tokens, cut into what the loss takes. GPT-2: (blocks, length + 1),
+    with the end-of-text token after each document. RoBERTa: (blocks, length), where a block starts
+    with <s>, and </s></s> parts documents as it parts the two sentences of a pair."""
+    encoder = config.family == "roberta"
+    end = [config.eos] * (2 if encoder else 1)
+    ids = np.concatenate([[*tokenizer.encode(t), *end] for t in tqdm(texts, "encode")])
+    size = length - 1 if encoder else length + 1
+    blocks = torch.from_numpy(ids[: len(ids) // size * size]).view(-1, size)
+    return F.pad(blocks, (1, 0), value=config.bos) if encoder else blocks
 
 
 def init_weights(model: Transformer) -> None:
@@ -84,21 +118,38 @@ def init_weights(model: Transformer) -> None:
             torch.nn.init.zeros_(p)
 
 
+HF_NAMES = {  # our name of a module -> theirs, in this order
+    "gpt2": {
+        "embed": "wte", "positions": "wpe", "norm": "ln_f", "norm1": "ln_1", "norm2": "ln_2",
+        "layers.blocks": "h", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    },
+    "roberta": {
+        "head.norm": "lm_head.layer_norm", "head": "lm_head",
+        "embed": "roberta.embeddings.word_embeddings",
+        "positions": "roberta.embeddings.position_embeddings",
+        "token_type": "roberta.embeddings.token_type_embeddings",
+        "norm": "roberta.embeddings.LayerNorm", "norm1": "attention.output.LayerNorm",
+        "norm2": "output.LayerNorm", "layers.blocks": "roberta.encoder.layer",
+        "attn.q": "attention.self.query", "attn.k": "attention.self.key",
+        "attn.v": "attention.self.value", "attn.o": "attention.output.dense",
+        "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
+    },
+}  # fmt: skip
+
+
 def save_hf(model: Transformer, out: Path, config: dict) -> None:
-    """The inverse of model.convert for GPT-2, in float16."""
-    ours, theirs = model.state_dict(), {}
-    names = {"embed": "wte", "positions": "wpe", "norm": "ln_f", "norm1": "ln_1", "norm2": "ln_2",
-             "layers.blocks": "h", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc",
-             "mlp.down": "mlp.c_proj"}  # fmt: skip
+    """The inverse of model.convert, in float16."""
+    ours, theirs, gpt2 = model.state_dict(), {}, model.config.family == "gpt2"
     for name, w in ours.items():
-        if re.search(r"attn\.[kv]\.", name):
+        if gpt2 and re.search(r"attn\.[kv]\.", name):
             continue
-        if ".attn.q." in name:
+        if gpt2 and ".attn.q." in name:
             w = torch.cat([ours[name.replace(".q.", f".{part}.")] for part in "qkv"])
             name = name.replace(".q.", ".c_attn.")
-        for old, new in names.items():
+        for old, new in HF_NAMES[model.config.family].items():
             name = re.sub(rf"(^|\.){re.escape(old)}\.", rf"\g<1>{new}.", name)
-        matrix = re.search(r"\.(attn|mlp)\..*weight$", name)
+        matrix = gpt2 and re.search(r"\.(attn|mlp)\..*weight$", name)
         theirs[name] = (w.t() if matrix else w).to(torch.float16).contiguous()
     save_file(theirs, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -106,14 +157,28 @@ def save_hf(model: Transformer, out: Path, config: dict) -> None:
     assert all(torch.equal(back[n], w.half()) for n, w in ours.items()), "not what was saved"
 
 
+def language_loss(model: Transformer, blocks: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Mean loss in nats over the tokens to predict: all of them, or RoBERTa's masked ones, of which
+    80% are replaced by <mask>, 10% by a random token and 10% not at all."""
+    if model.config.family == "gpt2":
+        h, target = model.hidden(blocks[:, :-1]), blocks[:, 1:]
+    else:
+        special = len(SPECIAL["roberta"])
+        dice, fate = torch.rand(2, *blocks.shape, generator=rng)
+        chosen = (dice < MASK_SHARE) & (blocks >= special)
+        other = torch.randint(special, model.config.vocab_size, blocks.shape, generator=rng)
+        ids = torch.where(chosen & (fate < 0.9), other, blocks)
+        ids = torch.where(chosen & (fate < 0.8), SPECIAL["roberta"].index("<mask>"), ids)
+        h, target = model.hidden(ids)[chosen], blocks[chosen]
+    return F.cross_entropy(model.logits(h).flatten(0, -2).float(), target.flatten())
+
+
 @torch.no_grad()
 def validation_loss(model: Transformer, blocks: torch.Tensor) -> float:
-    """Mean next-token loss in nats over (blocks, length + 1) ids."""
+    """The same over held-out blocks, always with the same masks."""
+    rng = torch.Generator().manual_seed(0)
     model.eval()
-    losses = [
-        F.cross_entropy(model(b[:, :-1]).flatten(0, 1).float(), b[:, 1:].flatten())
-        for b in blocks.split(16)
-    ]
+    losses = [language_loss(model, b, rng) for b in blocks.split(16)]
     model.train()
     return torch.stack(losses).mean().item()
 
@@ -122,7 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of *.txt files")
     parser.add_argument("--guide", type=int, default=45_000, help="documents from the grammar")
-    parser.add_argument("--out", type=Path, default=Path("nano/gpt2"))
+    parser.add_argument("--family", choices=[*SPECIAL], default="gpt2")
+    parser.add_argument("--out", type=Path, help="default: nano/gpt2 or nano/roberta")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=8)
@@ -132,24 +198,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="steps until the full rate")
     args = parser.parse_args()
     torch.manual_seed(0)
-    hf = dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=args.vocab,
-        n_embd=args.width, n_layer=args.layers, n_head=args.heads, n_positions=args.length,
-        n_ctx=args.length, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    out = args.out or Path("nano") / args.family
+    hf = hf_config(args.family, args)
     config = Config.from_hf(hf)
 
     texts = documents(args.text) + restaurant_guide(args.guide)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        train_tokenizer(texts, args.vocab, args.out)
-    tokenizer = Tokenizer.from_folder(args.out, config)
-    ids = np.concatenate([[*tokenizer.encode(t), config.eos] for t in tqdm(texts, "encode")])
-    usable = len(ids) // (args.length + 1) * (args.length + 1)
-    blocks = torch.from_numpy(ids[:usable]).view(-1, args.length + 1)
+        train_tokenizer(texts, args.vocab, SPECIAL[args.family], out)
+    blocks = pack(Tokenizer.from_folder(out, config), texts, config, args.length)
     held_out = torch.arange(len(blocks)) % 50 == 0  # 2%, spread over all sources
     train, valid = blocks[~held_out], blocks[held_out]
 
@@ -158,7 +218,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    first, last = 0, args.out / "last.pt"
+    first, last = 0, out / "last.pt"
     if args.resume:
         state = torch.load(last, weights_only=True)
         model.load_state_dict(state["model"])
@@ -166,18 +226,17 @@ def main() -> None:
         first = state["step"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {train.numel():,} tokens")
 
-    log = open(args.out / "log.txt", "a")
+    log = open(out / "log.txt", "a")
     started = time.time()
     for step in tqdm(range(first, args.steps), "pretrain", initial=first, total=args.steps):
         epoch, place = divmod(step * args.batch, len(train) // args.batch * args.batch)
         if place == 0 or step == first:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))
         batch = train[order[place : place + args.batch]]
-        warm, left = (step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        warm, left = (step + 1) / args.warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         optimizer.param_groups[0]["lr"] = args.lr * min(warm, 0.05 + 0.95 * left)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+            loss = language_loss(model, batch, torch.Generator().manual_seed(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -189,7 +248,7 @@ def main() -> None:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             torch.save(state, last.with_suffix(".tmp"))
             last.with_suffix(".tmp").replace(last)
-            save_hf(model, args.out, hf)
+            save_hf(model, out, hf)
     print(f"validation loss {held:.3f} nats a token, perplexity {math.exp(held):.1f}")
 
 

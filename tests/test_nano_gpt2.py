@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from data import Tokenizer, read_e2e
 from model import load, read_config
 from nano.make_e2e import NAMES, UNSEEN_NAMES
-from nano.pretrain import END, documents, restaurant_guide
+from nano.pretrain import SPECIAL, documents, restaurant_guide
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_pretraining_writes_what_transformers_reads(text):
     ids = torch.randint(0, 300, (2, 16))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)
     tokenizer = Tokenizer.from_folder(out, read_config(out))
-    assert tokenizer.eos == 0 and END not in tokenizer.decode([0])
+    assert tokenizer.eos == 0 and SPECIAL["gpt2"][0] not in tokenizer.decode([0])
     again = pretrain(text, out, "--steps", "8", "--resume")
     assert again.returncode == 0 and "step 8" in (out / "log.txt").read_text()
 

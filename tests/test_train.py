@@ -20,7 +20,8 @@ import train
 from data import Example, collate, encode_pairs, read_e2e
 from model import InputError
 from molex import MoLExConfig
-from train import Settings, main, make_optimizer, parse, prepare, train_step, trained_tensors
+from eval import trained_tensors
+from train import Settings, main, make_optimizer, parse, prepare, train_step
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -108,6 +109,7 @@ def test_every_setting_has_a_flag():
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
+        tune="full", clip=0.5, adam_eps=0.5,
     )  # fmt: skip
     gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
                 gate_weight="prob", route="sequence")  # fmt: skip
@@ -116,7 +118,7 @@ def test_every_setting_has_a_flag():
     assert {n: getattr(s, n) for n in flags} == flags
     extra = dict(layers=(2, 3), individual_gates=True, learn_alpha=True)
     assert asdict(s.molex) == gate | extra
-    fixed = {"model", "task", "data", "seed", "molex"}
+    fixed = {"model", "task", "data", "seed", "molex", "init"}
     assert asdict(s).keys() == flags.keys() | fixed
 
 
@@ -145,7 +147,7 @@ def test_logits_only_where_there_is_a_target(monkeypatch):
     rows = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda h: rows.append(h.shape) or logits(h))
-    train.answer_loss(model, examples, 0.0)
+    train.summed_loss(model, examples, 0.0)
     assert rows == [(sum(len(e.answer) for e in examples), model.config.d_model)]
 
 
@@ -210,7 +212,7 @@ def test_the_load_balance_loss_trains_the_gate():
 def test_an_empty_share_of_a_batch_counts_for_nothing():
     """A process without a sequence (2 processes, 1 sequence) still takes part, with zeros."""
     model, _ = prepare(settings(), CPU)
-    loss = train.answer_loss(model, [], 0.1)
+    loss = train.summed_loss(model, [], 0.1)
     loss.backward()
     assert loss.item() == 0
     for name, p in trained_tensors(model).items():
