@@ -40,12 +40,13 @@ class Tokenizer:
     """Text to the checkpoint's ids and back.
 
     vocab: symbol -> id; merges: pairs of symbols, in order of priority. bos, eos and pad are ids
-    from the checkpoint's config (None if it has none); they are never produced from text. A byte
-    that the vocabulary lacks (some control characters in SmolLM2's) is left out of the text.
+    from the checkpoint's config (None if it has none); they are never produced from text. `start`
+    holds the ids that the checkpoint puts before a text (Llama 3's <|begin_of_text|>). A byte that
+    the vocabulary lacks (some control characters in SmolLM2's) is left out of the text.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list, pattern: str, config: Config) -> None:
-        self.family = config.family
+        self.family, self.start = config.family, []
         self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
         symbols = byte_symbols()
         # tiktoken wants ranks (merge order), which are not the checkpoint's ids in every family.
@@ -69,7 +70,9 @@ class Tokenizer:
                     raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
                 bpe, pattern = spec["model"], word_pattern(spec["pre_tokenizer"])
                 merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-                return cls(bpe["vocab"], merges, pattern, config)
+                tokenizer = cls(bpe["vocab"], merges, pattern, config)
+                tokenizer.start = leading_ids(spec.get("post_processor") or {})
+                return tokenizer
             vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
             lines = (folder / "merges.txt").read_text("utf-8").split("\n")
         except FileNotFoundError as error:
@@ -106,6 +109,17 @@ def word_pattern(spec: dict | None) -> str:
         if kinds == ["Split", "ByteLevel"] and not by_gpt2 and first["behavior"] == "Isolated":
             return first["pattern"]["Regex"]  # Llama 3
     raise InputError(f"pre_tokenizer {' + '.join(map(str, kinds))} is no byte-level BPE known here")
+
+
+def leading_ids(post_processor: dict) -> list[int]:
+    """The special tokens that a tokenizer.json's post_processor puts before a text."""
+    ids = []
+    for step in post_processor.get("processors", [post_processor]):
+        for piece in step.get("single", []) if step.get("type") == "TemplateProcessing" else []:
+            if "SpecialToken" not in piece:  # the text begins here
+                break
+            ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------- E2E
@@ -264,6 +278,81 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         print(f"{path}: left out {broken} rows with too few columns")
     if not examples:
         raise InputError(f"{path} holds no examples")
+    return examples
+
+
+# ------------------------------------------------------------------------------------------- Alpaca
+
+ALPACA_HUB = "tatsu-lab/alpaca"
+# The template of Taori et al. (2023), with which the data were made and every model is tuned.
+ALPACA_TASK = "Below is an instruction that describes a task"
+ALPACA_INPUT = ", paired with an input that provides further context"
+ALPACA_WISH = ". Write a response that appropriately completes the request."
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """What precedes the response; `context` is the data's field "input"."""
+    parts = [ALPACA_TASK + ALPACA_INPUT * bool(context) + ALPACA_WISH]
+    parts += [f"### Instruction:\n{instruction}"]
+    parts += [f"### Input:\n{context}"] * bool(context)
+    return "\n\n".join([*parts, "### Response:"])
+
+
+def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
+    """(prompt, response) of "train" or "dev", from a JSON or JSONL file with the fields
+    instruction, input and output, or from the hub if None. There is no official split: dev is the
+    first 200 examples, as in Meta's llama-recipes, or a tenth of a smaller file. Raises InputError
+    with the number of the example."""
+    if file is None:
+        from datasets import load_dataset  # slow to import
+
+        try:
+            rows = load_dataset(ALPACA_HUB, split="train").to_list()
+        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
+            raise InputError(
+                f"{ALPACA_HUB} cannot be fetched ({reason(error)}); get its JSON file by other"
+                " means and pass --data FILE"
+            ) from error
+    else:
+        text = _read_text(locate(file))
+        try:
+            lines = [line for line in text.split("\n") if line.strip()]
+            rows = json.loads(text) if text.lstrip()[0] == "[" else [*map(json.loads, lines)]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is neither JSON nor JSONL: {error}") from None
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not (row.get("instruction") and row.get("output")):
+            if file is not None:
+                raise InputError(f"{file}, example {number} lacks an instruction or an output")
+            continue  # the hub's data have 28 empty outputs
+        pairs.append((alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"]))
+    if len(pairs) < 2:
+        raise InputError(f"{file or ALPACA_HUB} holds too few examples to hold one out")
+    held_out = min(200, max(1, len(pairs) // 10))
+    return pairs[:held_out] if split == "dev" else pairs[held_out:]
+
+
+def encode_alpaca(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int
+) -> list["Example"]:
+    """Prompt and response texts as Examples of at most `limit` tokens, from the tokens that the
+    checkpoint starts a text with to the end-of-text token; longer responses are cut. Prompts that
+    leave no room for one are left out, and counted on the screen."""
+    if tokenizer.eos is None:
+        raise InputError(
+            "the checkpoint's config.json names no eos_token_id, which ends a response"
+        )
+    examples = []
+    for text, answer in tqdm(pairs, "encode", leave=False):
+        prompt = tokenizer.start + tokenizer.encode(text)
+        ids = [*tokenizer.encode(answer), tokenizer.eos]
+        if len(prompt) < limit:
+            examples.append(Example(prompt, ids[: limit - len(prompt)]))
+    if left_out := len(pairs) - len(examples):
+        print(f"left out {left_out} examples whose prompt alone fills {limit} tokens")
+    if not examples:
+        raise InputError(f"no prompt fits into {limit} tokens; raise --max-length")
     return examples
 
 

@@ -49,9 +49,11 @@ from data import (
     clean,
     collate,
     e2e_prompt,
+    encode_alpaca,
     encode_glue,
     encode_prompt,
     group_references,
+    read_alpaca,
     read_e2e,
     read_files,
     read_glue,
@@ -582,13 +584,13 @@ def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: list[str] | list[list[int]],
     batch_size: int = 16,
     **search: float,
 ) -> list[str]:
-    """The model's answer to each prompt text. `search`: see `beam_search`. Prompts of like length
-    are decoded together."""
-    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    """The model's answer to each prompt, a text as in E2E or token ids. `search`: see
+    `beam_search`. Prompts of like length are decoded together."""
+    ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
     with autocast(model.embed.weight.device), tqdm(total=len(ids), desc="beam search") as bar:
@@ -601,6 +603,12 @@ def generate(
     return answers
 
 
+def read_best(folder: Path, task: str) -> dict:
+    """The best epoch's entry in a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return best_epoch([*map(json.loads, lines)], task)
+
+
 def best_epoch(log: list[dict], task: str) -> dict:
     """The entry of metrics.jsonl whose dev set fared best, the first of equals: by the task's
     metric in GLUE, otherwise by loss."""
@@ -610,23 +618,23 @@ def best_epoch(log: list[dict], task: str) -> dict:
 
 
 def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
-    """Score a run's best epoch, on the dev set of GLUE or the test set of E2E.
+    """Score a run's best epoch, on the dev set of GLUE or Alpaca or the test set of E2E.
 
-    Writes predictions.tsv, samples.txt (five of them beside what is right), routes.png (which layer
-    ran where, MoLEx only) and scores.json, and returns the scores.
+    Writes predictions.tsv (not for Alpaca), samples.txt (five outputs beside what is right),
+    routes.png (which layer ran where, MoLEx only) and scores.json, and returns the scores.
     """
     model, tokenizer, config = load_run(folder, device)
     trained = trained_tensors(model).items()
     trainable = sum(p.numel() for n, p in trained if n not in task_head(model))
-    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    best = best_epoch([*log], config["task"]) | dict(trainable=trainable)
+    best = read_best(folder, config["task"]) | dict(trainable=trainable)
     if config["task"] in GLUE:  # not merged: to the last bit what was measured in training
         cast_frozen(model)
         scores = best | evaluate_glue(model, tokenizer, config, folder)
     else:
         merge(model)
         cast_frozen(model)
-        scores = best | evaluate_e2e(model, tokenizer, config, folder)
+        evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}[config["task"]]
+        scores = best | evaluate(model, tokenizer, config, folder)
     if isinstance(model.layers, MoLEx):
         plot_routes(model.layers.counts, folder / "routes.png")
     write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
@@ -660,11 +668,8 @@ def evaluate_e2e(
 ) -> dict[str, float]:
     """Decode the test set; predictions.tsv has MR, output."""
     mrs, references = read_test(config)
-    search = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
-    outputs = generate(
-        model, tokenizer, [e2e_prompt(mr) for mr in mrs], config["eval_batch"],
-        **{name: config[name] for name in search},
-    )  # fmt: skip
+    prompts = [e2e_prompt(mr) for mr in mrs]
+    outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
     outputs = [clean(" ".join(output.split())) for output in outputs]
     rows = [f"{mr}\t{output}\n" for mr, output in zip(mrs, outputs, strict=True)]
     write_text(folder / "predictions.tsv", "MR\toutput\n" + "".join(rows))
@@ -674,6 +679,30 @@ def evaluate_e2e(
     ]
     write_text(folder / "samples.txt", "\n".join(samples))
     return e2e_scores(outputs, references)
+
+
+def evaluate_alpaca(
+    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
+) -> dict[str, float]:
+    """Perplexities of the best epoch (Table 12); and answers to five prompts, to look at."""
+    limit = min(config["max_length"], model.config.max_positions - config["max_new_tokens"])
+    examples = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), limit)
+    examples = [examples[i] for i in sorted({k * len(examples) // 5 for k in range(5)})]
+    prompts = [e.prompt for e in examples]
+    outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
+    samples = [
+        f"{tokenizer.decode(e.prompt).partition('### ')[2]}\n  output:    {output}\n"
+        f"  reference: {tokenizer.decode(e.answer).strip()}\n"
+        for e, output in zip(examples, outputs, strict=True)
+    ]
+    write_text(folder / "samples.txt", "\n".join(samples))
+    best = read_best(folder, "alpaca")
+    return {f"{name}_ppl": math.exp(best[f"{name}_loss"]) for name in ("train", "dev")}
+
+
+def search_settings(config: dict) -> dict[str, float]:
+    names = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
+    return {name: config[name] for name in names}
 
 
 def read_test(config: dict) -> tuple[list[str], list[list[str]]]:
@@ -749,7 +778,7 @@ def main() -> None:
     else:
         raise InputError("give a run folder, or both --predictions FILE and --references FILE")
     shown = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "accuracy", "accuracy_matched",
-             "accuracy_mismatched", "matthews", "pearson")  # fmt: skip
+             "accuracy_mismatched", "matthews", "pearson", "train_ppl", "dev_ppl")  # fmt: skip
     for name in shown:
         if name.lower() in scores:
             print(f"{name:8}{scores[name.lower()]:.4f}")

@@ -515,6 +515,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
+    from huggingface_hub.errors import GatedRepoError
 
     wanted = ["*.json", "*.safetensors", "merges.txt"]
     try:
@@ -523,6 +524,11 @@ def checkpoint_folder(name: str | Path) -> Path:
             snapshot_download(str(name), allow_patterns=["pytorch_model.bin"])
         return folder
     except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
+        if isinstance(error, GatedRepoError):
+            raise InputError(
+                f"model '{name}' is gated: ask for access at https://huggingface.co/{name}, then"
+                " log in with `hf auth login` or set HF_TOKEN to your access token"
+            ) from error
         raise InputError(
             f"model '{name}' is neither a folder nor to be had from the hub ({reason(error)})"
         ) from error

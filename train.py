@@ -38,9 +38,11 @@ from data import (
     Tokenizer,
     collate,
     e2e_prompt,
+    encode_alpaca,
     encode_glue,
     encode_pairs,
     glue_file,
+    read_alpaca,
     read_e2e,
     read_glue,
     shuffled_batches,
@@ -154,6 +156,10 @@ GLUE_COMMON = dict(lora_r=8, lora_dropout=0.0, dropout=0.1, label_smoothing=0.0,
 GLUE_ALPHA = {"roberta-large": 16.0}  # and 8 for the base model
 # Table 11 says nothing of its settings. These are Liu et al.'s (2019) and Zaken et al.'s (2021).
 TUNE = {"lora": {}, "full": dict(lr=2e-5, epochs=10), "bitfit": dict(lr=1e-3)}
+# Table 12 says nothing of its settings either. Table 14's counts give r; the rest is the default of
+# Meta's llama-recipes, the length Alpaca's own.
+ALPACA = dict(lora_r=8, lora_dropout=0.05, lr=1e-4, batch_size=4, epochs=3, weight_decay=0.0,
+              warmup=0.03, label_smoothing=0.0, max_length=512, beams=1)  # fmt: skip
 # A small model needs larger steps, and fewer.
 NANO = {
     ("nano/gpt2", "e2e"): dict(data="nano/e2e", epochs=3, lr=1e-2, warmup=50, eval_batch=70),
@@ -164,7 +170,7 @@ def preset(model: str, task: str) -> dict:
     """What the paper, or the embedded default, sets for a model and a task. On GLUE, models that
     Table 5 does not have take RoBERTa-base's column."""
     if task not in GLUE:
-        return NANO.get((model, task), {})
+        return (ALPACA if task == "alpaca" else {}) | NANO.get((model, task), {})
     name = Path(model).name
     column = TABLE_5.get(name, TABLE_5["roberta-base"])[task]
     table = {n: v for n, v in zip(TABLE_5_ROWS, column, strict=True) if v is not None}
@@ -225,9 +231,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     """The command line, and the settings of every run it asks for, in order."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, and --compare)")
-    parser.add_argument("--task", choices=["e2e", *GLUE, "glue"], default="e2e",
+    parser.add_argument("--task", choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e",
                         help="glue: all eight tasks in turn (e2e)")  # fmt: skip
-    parser.add_argument("--data", help="folder of the official files (default: from the hub)")
+    parser.add_argument("--data", help="folder of the official files, for Alpaca a JSON or JSONL"
+                        " file (default: from the hub)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     how = parser.add_mutually_exclusive_group()
@@ -260,7 +267,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     embedded = args.model is None
     model = args.model or "nano/gpt2"
     config = read_config(checkpoint_folder(model))
-    if args.task == "e2e" and config.family == "roberta":
+    if args.task in ("e2e", "alpaca") and config.family == "roberta":
         raise InputError(f"{model} is an encoder, which cannot write text; take a decoder such as"
                          " gpt2-medium, or a task of GLUE")  # fmt: skip
     given = {n: v for n, v in vars(args).items() if n in HELP}
@@ -462,6 +469,11 @@ def read_data(
         rows = {split: read_glue(s.data, s.task, split) for split in ("train", *GLUE[s.task].dev)}
         data = {split: encode_glue(tokenizer, rows[split], limit) for split in rows}
         return data.pop("train"), data
+    if s.task == "alpaca":
+        data = {
+            n: encode_alpaca(tokenizer, read_alpaca(s.data, n), limit) for n in ("train", "dev")
+        }
+        return data.pop("train"), data
     pairs = {
         split: [(e2e_prompt(mr), ref) for mr, ref in read_e2e(s.data, split)]
         for split in ("train", "dev", "test")  # the test set only to be sure that it is there
@@ -585,32 +597,42 @@ E2E_ROWS = {
     "cider": ("CIDEr", 1, 3),
     "dev_loss": ("best dev loss", 1, 4),
 }
-# Tables 1, 9 (from an MNLI run), 11 (full) and 2: (model, tune, from a run, MoLEx) -> the paper's
-# numbers for GLUE in the order of Table 1 and their average, or for E2E_ROWS.
+ALPACA_ROWS = {
+    "train_ppl": ("train perplexity", 1, 3),
+    "dev_ppl": ("dev perplexity", 1, 3),
+}
+# Tables 1, 9 (from an MNLI run), 11 (full), 2, 12: (model, data, tune, from a run, MoLEx) -> what
+# the paper has, for GLUE in the order of Table 1 and the average, otherwise in that of the rows.
 PAPER = {
-    ("roberta-base", "lora", False, False):
+    ("roberta-base", "glue", "lora", False, False):
         "87.5 ± .2|95.0 ± .1|88.7 ± .3|62.8 ± 1.0|93.2 ± .2|90.8 ± .0|76.9 ± 1.1|90.8 ± .2|85.7",
-    ("roberta-base", "lora", False, True):
+    ("roberta-base", "glue", "lora", False, True):
         "87.7 ± .2|95.4 ± .2|89.8 ± .2|64.8 ± .5|93.2 ± .2|91.0 ± .0|77.3 ± 1.3|91.0 ± .2|86.3",
-    ("roberta-large", "lora", False, False):
+    ("roberta-large", "glue", "lora", False, False):
         "90.7 ± .1|96.3 ± .2|90.9 ± .4|67.8 ± 1.7|94.8 ± .3|91.5 ± .1|86.5 ± .9|91.9 ± .1|88.8",
-    ("roberta-large", "lora", False, True):
+    ("roberta-large", "glue", "lora", False, True):
         "90.9 ± .1|96.4 ± .2|91.4 ± .7|68.2 ± .2|94.8 ± .0|91.6 ± .1|87.1 ± .9|92.0 ± .2|89.1",
-    ("roberta-base", "lora", True, False): "||89.7 ± .6||||86.8 ± .2|91.3 ± .1|87.1",
-    ("roberta-base", "lora", True, True): "||91.1 ± .6||||86.8 ± .2|91.3 ± .0|87.6",
-    ("roberta-base", "full", False, False): "87.7|95.0|88.7|62.6|92.9|91.8|80.1|90.9|86.2",
-    ("roberta-base", "full", False, True): "87.8|95.1|89.5|63.3|93.1|91.8|80.9|91.1|86.6",
-    ("gpt2-medium", "lora", False, False): "70.0 ± .5|8.77 ± .05|46.8 ± .2|71.6 ± .3|2.52 ± .01",
-    ("gpt2-medium", "lora", False, True): "70.7 ± .4|8.87 ± .03|46.5 ± .09|71.8 ± .1|2.52 ± .01",
+    ("roberta-base", "glue", "lora", True, False): "||89.7 ± .6||||86.8 ± .2|91.3 ± .1|87.1",
+    ("roberta-base", "glue", "lora", True, True): "||91.1 ± .6||||86.8 ± .2|91.3 ± .0|87.6",
+    ("roberta-base", "glue", "full", False, False): "87.7|95.0|88.7|62.6|92.9|91.8|80.1|90.9|86.2",
+    ("roberta-base", "glue", "full", False, True): "87.8|95.1|89.5|63.3|93.1|91.8|80.9|91.1|86.6",
+    ("gpt2-medium", "e2e", "lora", False, False):
+        "70.0 ± .5|8.77 ± .05|46.8 ± .2|71.6 ± .3|2.52 ± .01",
+    ("gpt2-medium", "e2e", "lora", False, True):
+        "70.7 ± .4|8.87 ± .03|46.5 ± .09|71.8 ± .1|2.52 ± .01",
+    ("Llama-3.2-1B", "alpaca", "lora", False, False): "4.18|4.11",
+    ("Llama-3.2-1B", "alpaca", "lora", False, True): "4.05|4.02",
 }  # fmt: skip
 
 
 def paper(s: Settings) -> dict[tuple[str, str], str]:
     """What the paper reports for runs like this, by task and metric."""
-    row = PAPER.get((Path(s.model).name, s.tune, bool(s.init), bool(s.molex)), "")
-    keys = [("e2e", key) for key in E2E_ROWS]
-    if s.task in GLUE:
+    data = "glue" if s.task in GLUE else s.task
+    row = PAPER.get((Path(s.model).name, data, s.tune, bool(s.init), bool(s.molex)), "")
+    if data == "glue":
         keys = [*((task, GLUE[task].metric) for task in GLUE), ("glue", "average")]
+    else:
+        keys = [(s.task, key) for key in (ALPACA_ROWS if s.task == "alpaca" else E2E_ROWS)]
     return {key: cell for key, cell in zip(keys, row.split("|"), strict=False) if cell}
 
 
@@ -643,7 +665,7 @@ def report(runs: list[Settings], out: Path) -> None:
     for task in tasks:
         folders = [[out / s.name for s in runs if (s.task, s.method) == (task, m)] for m in columns]
         scores = [[json.loads((f / "scores.json").read_text()) for f in group] for group in folders]
-        rows, metric = E2E_ROWS, "bleu"
+        rows, metric = (ALPACA_ROWS, "dev_ppl") if task == "alpaca" else (E2E_ROWS, "bleu")
         if task in GLUE:
             name, metric = GLUE[task].folder, GLUE[task].metric
             parts = [key for key in scores[0][0] if key.startswith(metric + "_")]

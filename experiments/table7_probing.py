@@ -1,0 +1,334 @@
+"""Which layer knows what of a sentence: the probing tasks of the MoLEx paper, Table 7, appendix C.
+
+The ten tasks are SentEval's (Conneau et al., 2018): RoBERTa-base reads its sentences, and a small
+classifier learns the label from the states after one layer. The paper finds surface properties in
+the first layers (SentLen 91.48 % in layer 0), syntax in the middle (TopConst 59.90 in layer 6), and
+layer 11 good at nearly all (BShift 85.25); word content is poor everywhere (WC 18.25 at best).
+
+    python experiments/table7_probing.py          # nano/roberta, three small tasks, under a minute
+    python experiments/table7_probing.py --model gpt2 --text DIR --size 2000       # DIR holds *.txt
+    python experiments/table7_probing.py --model roberta-base --senteval SentEval/data/probing
+
+The last is Table 7 in full: 120,000 sentences a task, hours on a GPU, 5 GB of memory for states.
+--model is also a run folder. Without --senteval three tasks are made of plain text (nano/e2e's
+references if there is no --text), by the definitions in SentEval's data/probing/README.md. A line
+is a paragraph, a sentence ends after . ! or ? and a space. Its tokens are words, with hyphens and
+apostrophes in them, and single signs. It is kept if they are 5 to 28 and the last is . ! or ?, each
+wording once. Half of the sentences are for training, a quarter each to validate and to test.
+
+    SentLen   the number of tokens in six bins, 5-8, 9-12, 13-16, 17-20, 21-25, 26-28
+    WC        which of up to 1,000 words is there, once, and no other of them: words of four letters
+              or more from frequency rank 2,001 on, or from the middle of a smaller vocabulary
+    BShift    SentLen's sentences without double quotes: in every other one a random word, not the
+              first, has changed places with the next one
+
+What is decided here. Row t holds the states after layer t (a decoder's before its final norm); the
+embeddings have no row. In Jawahar et al. (2019), whose setup the paper takes, layer 0 is the first
+layer too, and Table 7 has 12 rows for 12 layers. A sentence is the mean state of its tokens, <s>,
+</s> or the end of text among them. Jawahar et al.'s public code takes the first token alone; that
+is --pool first, and perhaps the paper's way, for a mean keeps more of the words than its WC shows.
+As in SentEval the MLP is linear, dropout, sigmoid, linear, under Adam (1e-3, batches of 64), is
+validated every 4 epochs, and stops when that has brought nothing new 6 times. The paper's grid is
+searched, not SentEval's weight decay beside it. Features are standardised, as SentEval's are not:
+the states of a pre-norm model grow from layer to layer and would saturate the sigmoid.
+"""
+
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import Example, Tokenizer, collate, encode_texts, read_e2e  # noqa: E402
+from eval import Parser, autocast, command_line, default_device, load_run  # noqa: E402
+from model import InputError, Transformer, checkpoint_folder, load, locate  # noqa: E402
+
+FILES = {  # SentEval's, in the order of Table 7
+    "SentLen": "sentence_length", "WC": "word_content", "TreeD": "tree_depth",
+    "TopConst": "top_constituents", "BShift": "bigram_shift", "Tense": "past_present",
+    "SubjNum": "subj_number", "ObjNum": "obj_number", "SOMO": "odd_man_out",
+    "CoordInv": "coordination_inversion",
+}  # fmt: skip
+PAPER = """
+91.48  4.10 32.00 48.93 50.00 82.27 77.56 73.81 49.87 57.47
+87.99  0.61 29.75 35.10 54.32 79.74 74.05 71.83 49.87 50.00
+87.03  0.33 29.06 29.32 64.99 82.06 78.51 73.49 49.88 50.00
+85.78  0.16 29.30 29.26 73.29 82.29 76.14 74.69 50.07 50.00
+85.32  2.40 31.06 54.12 77.95 84.37 77.33 73.67 59.21 57.69
+84.15  1.97 31.83 57.57 81.82 85.35 80.80 78.53 62.74 60.05
+82.17  2.91 31.81 59.90 82.41 85.61 81.22 81.48 63.67 61.97
+79.75  0.68 28.99 48.44 82.34 84.79 80.28 80.26 64.94 57.88
+80.49  1.09 30.73 52.24 83.56 86.81 81.65 80.92 65.00 65.07
+77.75  1.06 29.83 49.96 83.10 86.19 81.63 79.14 64.52 66.28
+66.65  1.15 26.97 43.68 82.59 85.25 80.91 75.95 61.78 61.92
+73.69 18.25 30.56 60.26 85.25 87.55 82.92 79.51 63.52 66.62
+"""
+BINS = [range(5, 9), range(9, 13), range(13, 17), range(17, 21), range(21, 26), range(26, 29)]
+GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1, 0.2)]  # app. C.2
+Task = dict[str, list[tuple[str, str]]]  # "tr", "va", "te": rows of label, sentence
+SHARES = {"tr": 1.0, "va": 0.5, "te": 0.5}  # of --size
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+def read_lines(*paths: Path) -> list[str]:
+    """All lines of the files. Raises InputError if one cannot be read."""
+    try:
+        texts = [path.read_text("utf-8").rstrip("\n") for path in paths]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {', '.join(map(str, paths))}: {error}") from None
+    return [line for text in texts for line in text.split("\n")]
+
+
+def read_senteval(folder: Path, task: str, size: int | None) -> Task:
+    """One of SentEval's files, its first `size` training rows and half as many of the others, or
+    all. Raises InputError with file and line."""
+    path, rows = folder / f"{FILES[task]}.txt", {split: [] for split in SHARES}
+    for number, line in enumerate(read_lines(path), 1):
+        split, *fields = line.rstrip("\r").split("\t")
+        if split not in rows or len(fields) < 2:
+            raise InputError(f"{path}, line {number}: not tr, va or te, a label and a sentence")
+        rows[split].append((fields[0], fields[-1]))
+    labels = {split: {label for label, _ in rows[split]} for split in rows}
+    for split in rows:
+        if not labels[split] or labels[split] - labels["tr"]:
+            raise InputError(f"{path}: {split} has no rows, or labels that tr has not")
+    return rows if size is None else {s: rows[s][: int(size * SHARES[s])] for s in rows}
+
+
+def sentences(texts: Iterable[str]) -> list[list[str]]:
+    """The different sentences of the texts, as lists of tokens. See the top of this file."""
+    found, end = {}, r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b[DM]r\.)(?<!\bMrs\.)[\"'”’)]*\s+"
+    for text in texts:
+        for sentence in re.split(end, text):  # not after initials and titles
+            tokens = re.findall(r"\w+(?:[-'’]\w+)*|[^\w\s]", sentence)
+            if 5 <= len(tokens) <= 28 and tokens[-1] in ".!?":
+                found.setdefault(" ".join(tokens).lower(), tokens)
+    return list(found.values())
+
+
+def swaps(tokens: list[str]) -> list[int]:
+    """The places i > 0 where tokens i and i + 1 are two different words; none in a quotation."""
+    if set(tokens) & set('"“”'):
+        return []
+    word = [token[0].isalnum() for token in tokens]
+    pairs = ((i, i + 1) for i in range(1, len(tokens) - 1))
+    return [i for i, j in pairs if word[i] and word[j] and tokens[i].lower() != tokens[j].lower()]
+
+
+def draw(groups: dict[str, list], size: int) -> list[tuple[str, list[str]]]:
+    """Equally many (label, tokens) of each group, `size` together or what the rarest one allows."""
+    n = min([size // max(1, len(groups)), *map(len, groups.values())])
+    return [(label, tokens) for label, group in groups.items() for tokens in group[:n]]
+
+
+def make_tasks(texts: Iterable[str], size: int, most: int) -> dict[str, Task]:
+    """SentLen, WC and BShift from plain text, with at most `size` training sentences each, 10 or
+    more for each of at most `most` words. Raises InputError if there is too little text."""
+    pool, rng = sentences(texts), random.Random(0)
+    rng.shuffle(pool)
+    cuts = [0, len(pool) // 2, len(pool) * 3 // 4, len(pool)]
+    parts = {s: pool[a:b] for s, a, b in zip(SHARES, cuts, cuts[1:], strict=False)}
+    sizes = {s: int(size * share) for s, share in SHARES.items()}
+
+    counts = Counter(token.lower() for tokens in pool for token in tokens if token[0].isalnum())
+    ranked = [word for word, _ in counts.most_common()][min(2000, len(counts) // 2) :]
+    words = [w for w in ranked if len(w) >= 4 and w.isalpha()][: min(most, size // 10)]
+    having = {s: {word: [] for word in words} for s in parts}  # the sentences with that word only
+    for s, part in parts.items():
+        for tokens in part:
+            hits = [w for w in map(str.lower, tokens) if w in having[s]]
+            if len(hits) == 1:
+                having[s][hits[0]].append(tokens)
+    rare = {w for s in parts for w in words if len(having[s][w]) < sizes[s] // len(words)}
+
+    tasks: dict[str, Task] = {"SentLen": {}, "WC": {}, "BShift": {}}
+    for s, part in parts.items():
+        bins = {str(i): [t for t in part if len(t) in b] for i, b in enumerate(BINS)}
+        made = {"SentLen": draw(bins, sizes[s]), "BShift": []}
+        made["WC"] = draw({w: having[s][w] for w in words if w not in rare}, sizes[s])
+        calm = [tokens for _, tokens in made["SentLen"] if swaps(tokens)]
+        for keep, invert in zip(calm[::2], calm[1::2], strict=False):
+            i = rng.choice(swaps(invert))
+            moved = [*invert[:i], invert[i + 1], invert[i], *invert[i + 2 :]]
+            made["BShift"] += [("O", keep), ("I", moved)]
+        for name, rows in made.items():
+            if len({label for label, _ in rows}) < 2:
+                raise InputError(f"{len(pool)} sentences are too few for {name}; give more text")
+            tasks[name][s] = [(label, " ".join(tokens)) for label, tokens in rows]
+    return tasks
+
+
+# ------------------------------------------------------------------------------------------ probes
+
+
+@torch.no_grad()
+def features(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], pool: str) -> Tensor:
+    """The state of each text after each layer, (S, T, D) on the CPU: the mean over its real tokens
+    or, with pool "first", that of the first. All layers are read in one pass."""
+    device, limit = model.embed.weight.device, model.config.max_positions
+    ids = [encode_texts(tokenizer, (text,), limit) for text in texts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out, layers = torch.empty(len(ids), model.config.n_layer, model.config.d_model), model.layers
+
+    def store(t: int, z: Tensor) -> None:  # `rows` and `mask` are those of the batch at hand
+        if pool == "mean":
+            z = (z * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        out[rows, t] = z[:, 0].float().cpu()
+
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        t = kwargs["slot"]  # what enters slot t is the state after slot t - 1, in MoLEx as well
+        if block.index == t > 0:
+            store(t - 1, args[0])
+
+    hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in layers.blocks]
+    hooks.append(layers.register_forward_hook(lambda m, args, z: store(len(m.blocks) - 1, z)))
+    with autocast(device):
+        for i in tqdm(range(0, len(order), 64), "states", leave=False):
+            rows = order[i : i + 64]
+            batch = collate([Example(ids[j]) for j in rows]).to(device)
+            mask = batch.mask
+            model.hidden(batch.ids, mask)
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+class Probes(nn.Module):
+    """All classifiers of the grid at once, and logistic regression if `linear`: (B, D) -> (G, B,
+    classes). They share nothing: the first matrix is one only so that there is one product."""
+
+    def __init__(self, d: int, classes: int, linear: bool) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(d, sum(h for h, _ in GRID))
+        self.out = nn.ModuleList(nn.Linear(h, classes) for h, _ in GRID)
+        self.linear = nn.Linear(d, classes) if linear else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.hidden(x).split([h for h, _ in GRID], dim=-1)
+        logits = [
+            out(torch.sigmoid(F.dropout(part, dropout, self.training)))
+            for part, out, (_, dropout) in zip(parts, self.out, GRID, strict=True)
+        ]
+        return torch.stack(logits + ([self.linear(x)] if self.linear else []))
+
+
+def probe(x: Sequence[Tensor], y: Sequence[Tensor], linear: bool) -> float:
+    """Test accuracy of the classifier of the grid that validates best, at the epoch where it does.
+    x: three (S, D), to train, validate, test; y: three (S,), numbers of classes. Each classifier
+    stops as in SentEval, whatever the others do."""
+    torch.manual_seed(0)
+    mean, std = x[0].mean(0), x[0].std(0) + 1e-6
+    x = [(v - mean) / std for v in x]
+    model = Probes(x[0].shape[1], int(y[0].max()) + 1, linear).to(mean.device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    best = test = misses = torch.zeros(len(GRID) + linear, device=mean.device)
+    for _ in range(50):  # 200 epochs at most
+        model.train()
+        for _ in range(4):
+            for some in torch.randperm(len(y[0]), device=mean.device).split(64):
+                logits = model(x[0][some]).flatten(0, 1)
+                target = y[0][some].repeat(len(best))
+                loss = F.cross_entropy(logits, target, reduction="sum") / len(some)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            va, te = ((model(x[i]).argmax(-1) == y[i]).float().mean(1) for i in (1, 2))
+        better = (va > best) & (misses < 6)
+        best, test = torch.where(better, va, best), torch.where(better, te, test)
+        misses = misses + ~better
+        if (misses >= 6).all():
+            break
+    return float(test[best.argmax()])
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def print_table(title: str, table: dict[str, list[float]], chance: list[float], ansi: bool) -> None:
+    """Per cent, rows are layers, columns tasks; the two best of each column are bold."""
+    print(f"\n{title}\n\n| Layer  | " + " | ".join(f"{name:>9}" for name in table) + " |")
+    print("| ------ | " + " | ".join("-" * 8 + ":" for _ in table) + " |")
+    for t in range(len(next(iter(table.values())))):
+        cells = []
+        for column in table.values():
+            cell, bold = f"{column[t]:.2f}", column[t] >= sorted(column)[-2:][0]
+            cell = f"**{cell}**" if bold and not ansi else cell
+            cells.append(f"\033[1m{cell:>9}\033[0m" if bold and ansi else f"{cell:>9}")
+        print(f"| {t:<6} | " + " | ".join(cells) + " |")
+    if chance:
+        print("| chance | " + " | ".join(f"{c:9.2f}" for c in chance) + " |")
+
+
+def main() -> None:
+    parser = Parser(description="Table 7: what a small classifier finds in each layer's states")
+    parser.add_argument("--model", default="nano/roberta", help="folder, hub name or run folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--senteval", type=Path, metavar="DIR", help="SentEval's data/probing")
+    source.add_argument("--text", type=Path, metavar="DIR", help="*.txt to make three tasks of")
+    parser.add_argument("--tasks", nargs="+", choices=FILES, help="only these")
+    parser.add_argument("--size", type=int, help="training sentences, and half as many to validate"
+                        " and to test (default 1000 from text, all of SentEval's)")  # fmt: skip
+    parser.add_argument("--words", type=int, default=1000, help="of WC made from text, at most")
+    parser.add_argument("--pool", choices=["mean", "first"], default="mean", help="tokens to read")
+    parser.add_argument("--markdown", action="store_true", help="bold as **x** on a terminal too")
+    args = parser.parse_args()
+    for flag, value, least in (("--size", args.size, 20), ("--words", args.words, 2)):
+        if value is not None and value < least:
+            raise InputError(f"{flag} is {value}, but it takes at least {least}")
+
+    if args.senteval:
+        names = [name for name in FILES if name in (args.tasks or FILES)]
+        tasks = {name: read_senteval(args.senteval, name, args.size) for name in names}
+    else:
+        if args.text:
+            texts = read_lines(*sorted(args.text.glob("*.txt")) or [args.text / "*.txt"])
+        else:
+            texts = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
+        tasks = make_tasks(texts, args.size or 1000, args.words)
+        if missing := set(args.tasks or tasks) - set(tasks):
+            raise InputError(f"{missing.pop()} needs --senteval DIR; text gives {', '.join(tasks)}")
+        tasks = {name: task for name, task in tasks.items() if name in (args.tasks or tasks)}
+
+    device = default_device()
+    if (locate(args.model) / "adapter.safetensors").exists():
+        model, tokenizer, _ = load_run(locate(args.model), device)
+    else:
+        model = load(args.model, head="none").to(device)
+        tokenizer = Tokenizer.from_folder(checkpoint_folder(args.model), model.config)
+    if args.pool == "first" and model.config.family != "roberta":
+        raise InputError("--pool first is for RoBERTa; a decoder's first token has read no other")
+
+    table, chance = {}, []
+    for name, task in tasks.items():
+        numbers = {label: i for i, label in enumerate(sorted({row[0] for row in task["tr"]}))}
+        sizes = [len(rows) for rows in task.values()]
+        print(f"{name}: {sizes} sentences to train, validate, test; {len(numbers)} classes")
+        labels, texts = zip(*(row for rows in task.values() for row in rows), strict=True)
+        y = torch.tensor([numbers[label] for label in labels], device=device).split(sizes)
+        chance.append(100 * y[2].bincount().max().item() / len(y[2]))
+        states = features(model, tokenizer, texts, args.pool)
+        table[name] = [
+            100 * probe(states[:, t].to(device).split(sizes), y, linear=name == "WC")
+            for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)
+        ]
+    ansi = sys.stdout.isatty() and not args.markdown
+    print_table(f"{args.model}, accuracy in %", table, chance, ansi)
+    if Path(args.model).name == "roberta-base":
+        paper = zip(*(map(float, line.split()) for line in PAPER.split("\n")[1:-1]), strict=True)
+        columns = {name: [*c] for name, c in zip(FILES, paper, strict=True) if name in table}
+        print_table("Table 7, RoBERTa-base on SentEval", columns, [], ansi)
+
+
+if __name__ == "__main__":
+    command_line(main)
