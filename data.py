@@ -254,7 +254,7 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
                         strict=True))  # fmt: skip
     path = glue_file(folder, task, split)
-    rows = [line.rstrip("\r").split("\t") for line in _read_text(path).rstrip("\n").split("\n")]
+    rows = [line.split("\t") for line in _read_text(path).rstrip("\n").split("\n")]
     header = spec.header or tuple(rows.pop(0))
     absent = {*spec.texts, spec.label} - set(header)
     if absent:
@@ -402,10 +402,8 @@ def encode_texts(tokenizer: Tokenizer, texts: tuple[str, ...], limit: int) -> li
 
 def encode_glue(tokenizer: Tokenizer, rows: list[Row], limit: int) -> list[Example]:
     """Rows of `read_glue` as Examples of at most `limit` tokens."""
-    return [
-        Example(encode_texts(tokenizer, texts, limit), label=label)
-        for texts, label in tqdm(rows, "encode", leave=False)
-    ]
+    with tqdm(rows, "encode", leave=False) as bar:  # closed before an error is printed
+        return [Example(encode_texts(tokenizer, texts, limit), label=label) for texts, label in bar]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -163,7 +163,10 @@ ALPACA = dict(lora_r=8, lora_dropout=0.05, lr=1e-4, batch_size=4, epochs=3, weig
 # A small model needs larger steps, and fewer.
 NANO = {
     ("nano/gpt2", "e2e"): dict(data="nano/e2e", epochs=3, lr=1e-2, warmup=50, eval_batch=70),
-}
+} | {
+    ("nano/roberta", task): dict(data="nano/glue", epochs=5, lr=3e-3, lora_alpha=32.0, dropout=0.0,
+                                 batch_size=16, eval_batch=50) for task in ("cola", "mrpc", "stsb")
+}  # fmt: skip
 
 
 def preset(model: str, task: str) -> dict:
@@ -227,10 +230,16 @@ def layer_range(text: str) -> tuple[int, ...]:
     return slots
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Settings]]:
-    """The command line, and the settings of every run it asks for, in order."""
+OWN = [f.name for f in fields(Settings) if f.name in HELP]
+GATE = [f.name for f in fields(MoLExConfig)]
+
+
+def make_parser() -> Parser:
+    """A flag for every field of the two dataclasses that HELP explains; what is not given is left
+    out of the result."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, and --compare)")
+    parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, for GLUE"
+                        " nano/roberta, and --compare)")  # fmt: skip
     parser.add_argument("--task", choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e",
                         help="glue: all eight tasks in turn (e2e)")  # fmt: skip
     parser.add_argument("--data", help="folder of the official files, for Alpaca a JSON or JSONL"
@@ -242,13 +251,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
     parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN",
                         help="finished run of the same model whose LoRA, gate and alpha to start"
-                        " from, or a .bin LoRA of the public LoRA code; with --compare, a run with"
-                        " MoLEx and one without")  # fmt: skip
+                        " from, or a .bin LoRA of the public LoRA code (made with --lora-alpha 16);"
+                        " with --compare, a run with MoLEx and one without")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    own = [f.name for f in fields(Settings) if f.name in HELP]
-    gate = [f.name for f in fields(MoLExConfig)]
-    for cls, names in ((Settings, own), (MoLExConfig, gate)):
+    for cls, names in ((Settings, OWN), (MoLExConfig, GATE)):
         group = parser.add_argument_group(cls.__name__)
         for name in names:
             default = getattr(cls, name)
@@ -262,18 +269,22 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
                 how = dict(action=argparse.BooleanOptionalAction)
             text = HELP[name] + ("" if default is None else f" ({default})")
             group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
-    args = parser.parse_args(argv)
+    return parser
 
-    embedded = args.model is None
-    model = args.model or "nano/gpt2"
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Settings]]:
+    """The command line, and the settings of every run it asks for, in order."""
+    args = make_parser().parse_args(argv)
+    decode = args.task in ("e2e", "alpaca")
+    model = args.model or ("nano/gpt2" if decode else "nano/roberta")
     config = read_config(checkpoint_folder(model))
-    if args.task in ("e2e", "alpaca") and config.family == "roberta":
+    if decode and config.family == "roberta":
         raise InputError(f"{model} is an encoder, which cannot write text; take a decoder such as"
                          " gpt2-medium, or a task of GLUE")  # fmt: skip
     given = {n: v for n, v in vars(args).items() if n in HELP}
     tasks = [*GLUE] if args.task == "glue" else [args.task]
     methods = [False] if args.no_molex else [True]
-    if args.compare or (embedded and not args.no_molex):
+    if args.compare or (args.model is None and not args.no_molex):
         methods = [False, True]
     runs: list[Settings] = []
     for task in tasks:
@@ -288,14 +299,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
                     glue_file(data, task, split)  # before the first run begins
             if task == "e2e":
                 chosen.setdefault("layers", tuple(range(min(12, config.n_layer))))
-            molex = MoLExConfig(**{n: v for n, v in chosen.items() if n in gate})
+            molex = MoLExConfig(**{n: v for n, v in chosen.items() if n in GATE})
             molex.check(config.n_layer)
-            rest = {n: v for n, v in chosen.items() if n in own}
+            rest = {n: v for n, v in chosen.items() if n in OWN}
             pair.append(Settings(model=model, task=task, data=data, seed=0, init=init,
                                  molex=molex if mixes else None, **rest))  # fmt: skip
         runs += [replace(s, seed=seed) for seed in args.seeds for s in pair]
     for name, value in given.items():
-        if name in own and name != "tune":
+        if name in OWN and name != "tune":
             least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
             if value < least or ("dropout" in name or "smooth" in name) and value >= 1:
                 raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
@@ -311,16 +322,20 @@ def source(paths: list[str], model: str, molex: bool) -> tuple[str | None, dict]
         config = {} if Path(path).is_file() else read_run(Path(path))[0]
         if config and config["model"] != model:
             raise InputError(f"--init-from {path} is a run of {config['model']}, not of {model}")
-        fits.setdefault(bool(config.get("molex")), (path, config))
+        mixes = bool(config.get("molex"))
+        if mixes in fits:
+            how = "with" if mixes else "without"
+            raise InputError(f"--init-from {path} is a second run {how} MoLEx; give one of each")
+        fits[mixes] = (path, config)
     if not fits:
         return None, {}
     if not molex and False not in fits:
         raise InputError(f"--init-from {paths[0]} has MoLEx; give a run without it as well")
     path, config = fits.get(molex) or fits[False]
-    shapes = {n: config[n] for n in ("tune", "lora_r", "lora_alpha") if n in config}
-    layers = (config.get("molex") or {}).get("layers")
-    gate = {**(config.get("molex") or {}), "layers": layers and tuple(layers)}
-    return path, shapes | (gate if config.get("molex") else {})
+    settings = {n: config[n] for n in ("tune", "lora_r", "lora_alpha") if n in config}
+    if gate := config.get("molex"):
+        settings |= gate | dict(layers=gate["layers"] and tuple(gate["layers"]))
+    return path, settings
 
 
 # --------------------------------------------------------------------------------- data parallelism
@@ -421,7 +436,7 @@ def start_from(model: Transformer, path: Path) -> None:
     _, theirs = read_run(path)
     ours, heads, gate = trained_tensors(model), task_head(model), gate_parameters(model)
     ours = {n: p for n, p in ours.items() if n not in heads}
-    theirs = {n: w for n, w in theirs.items() if not n.startswith("head.")}
+    theirs = {n: w for n, w in theirs.items() if n in ours or not n.startswith("head.")}
     if not any(n.startswith(("layers.gates", "layers.alpha")) for n in theirs):
         ours = {n: p for n, p in ours.items() if all(p is not g for g in gate)}  # a new gate
     if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in ours):

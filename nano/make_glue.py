@@ -10,8 +10,8 @@ on them compare methods with each other, never with the published ones.
          to three of its small words (an article, a verb, "and", "near") behind the word that they
          belong before: "Tansy is Thai a pub". No word is added or lost, so order alone tells.
   MRPC   Do two descriptions say the same? 1: they are paraphrases, of one MR. 0: the second has
-         another value for one or two attributes, one of which may be the name. Both say as much,
-         and either could stand in a pair of the other label.
+         other values for half of the attributes or more, one of which may be the name. Both say as
+         much, and either could stand in a pair of the other label.
   STS-B  How much do two descriptions share? 5 x the attributes on whose value they agree / the
          attributes that one or both mention, from 0.000 to 5.000.
 
@@ -72,10 +72,11 @@ def excludes(attribute: str, value: str, other: str) -> bool:
 
 
 def alter(mr: MR, rng: random.Random) -> MR:
-    """`mr` with other values, which exclude the old ones, for one or two of its attributes."""
+    """`mr` with other values, which exclude the old ones, for half of its attributes or more."""
+    count = shuffled(range((len(mr) + 1) // 2, len(mr) + 1), rng)[0]
     changes = {
         a: shuffled([v for v in VALUES[a] if excludes(a, mr[a], v)], rng)[0]
-        for a in shuffled([*mr], rng)[: pick([1, 2], rng)]
+        for a in shuffled([*mr], rng)[:count]
     }
     return {**mr, **changes}
 
