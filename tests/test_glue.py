@@ -124,8 +124,8 @@ def glue(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory) -> Path:
     """A checkpoint of random weights with a byte-level BPE of its own."""
-    folder = tmp_path_factory.mktemp("models") / "roberta-base"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("models") / "tiny/roberta-base"
+    folder.mkdir(parents=True)
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -596,7 +596,7 @@ def test_scores_are_those_of_the_best_epoch(mnli, glue, molex):
     # r = 8 on q and v of 3 layers of width 32; a cosine gate of 416 and a learned alpha: no head
     gate = 416 * 32 + 3 * 416 + 1 + 1
     assert trainable == 3 * 2 * 8 * (32 + 32) + molex * gate
-    assert folder.name == "models0-roberta-base-mnli-" + ("molex-s0" if molex else "lora-s0")
+    assert folder.name == "tiny-roberta-base-mnli-" + ("molex-s0" if molex else "lora-s0")
     table = [line.split("\t") for line in (folder / "predictions.tsv").read_text().splitlines()]
     assert table.pop(0) == ["split", "index", "label", "prediction"]
     for split, key in [("dev_matched", "accuracy_matched"), ("", "accuracy")]:
@@ -747,7 +747,7 @@ def test_task_glue_trains_all_eight(roberta, glue, tmp_path, capsys):
     for task, (name, _) in LAYOUT.items():
         metric = METRIC.get(task, "accuracy")
         lora, molex = (
-            json.loads((tmp_path / f"models0-roberta-base-{task}-{m}-s0/scores.json").read_text())
+            json.loads((tmp_path / f"tiny-roberta-base-{task}-{m}-s0/scores.json").read_text())
             for m in ("lora", "molex")
         )
         found.append((name, 100 * lora[metric], 100 * molex[metric]))
@@ -834,7 +834,7 @@ def test_init_from_takes_lora_gate_and_alpha_but_no_head(roberta, glue, mnli):
     assert not torch.equal(ours["head.dense.weight"], theirs["head.dense.weight"])
     # the gate is the source's kind, the rest MRPC's
     assert (s.molex.gate, s.molex.activation, s.molex.proj_dim) == ("cosine", "sigmoid", 416)
-    assert fresh.molex.gate == "linear" and s.name == "models0-roberta-base-mrpc-molex-init-s0"
+    assert fresh.molex.gate == "linear" and s.name == "tiny-roberta-base-mrpc-molex-init-s0"
     assert s == replace(fresh, molex=s.molex, init=str(mnli[True]))
 
 
@@ -935,7 +935,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--init-from {tmp}/deep.bin", "deep.bin was made for a model of another shape or rank"),
         ("--init-from {tmp}/text.bin", "text.bin cannot be read as a LoRA"),
         ("--init-from {tmp}/none.bin", "none.bin holds no lora_A and lora_B"),
-        ("--init-from {lora} {molex} {lora} --max-steps 1", "--init-from"),
+        ("--init-from {lora} {molex} {lora}", "--init-from"),
         ("--max-length 5", "2 texts do not fit into 5 tokens; raise --max-length"),
         ("--tune all", "--tune"),
         ("--task e2e", "is an encoder, which cannot write text"),
@@ -963,7 +963,7 @@ def test_bad_input_is_one_line_and_exit_2(roberta, glue, mnli, tmp_path, capsys,
     )  # fmt: skip
     out = tmp_path / "runs"
     with pytest.raises(SystemExit) as stopped:
-        command = f"--model {roberta} --task rte --data {glue} --out {out} {flags}"
+        command = f"--model {roberta} --task rte --data {glue} --max-steps 1 --out {out} {flags}"
         evaluation.command_line(lambda: run_main(command))
     error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
     assert stopped.value.code == 2

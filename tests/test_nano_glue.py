@@ -187,7 +187,7 @@ def test_mrpc_labels(split):
         a, b = said(one), said(two)
         changed = [k for k in a if a[k] != b[k]]
         assert a.keys() == b.keys() and one != two
-        assert len(changed) in ((0,) if label else (1, 2)), (one, two)
+        assert not changed if label else len(changed) >= len(a) / 2, (one, two)
         assert all(at_odds(k, a[k], b[k]) for k in changed)
         differing.update(changed)
     assert differing.keys() == make_e2e.VALUES.keys()
@@ -275,4 +275,4 @@ def test_label_is_not_in_the_lengths():
         lengths = np.array([[len(WORD.findall(text)) for text in pair] for pair in texts])
         for measure in (lengths[:, 0], lengths[:, -1], abs(lengths[:, 0] - lengths[:, -1])):
             if measure.any():  # CoLA has no second text to differ from
-                assert abs(np.corrcoef(measure, label)[0, 1]) < 0.1
+                assert abs(np.corrcoef(measure, label)[0, 1]) < 0.15

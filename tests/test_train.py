@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from data import Example, collate, encode_pairs, read_e2e
+from eval import trained_tensors
 from model import InputError
 from molex import MoLExConfig
-from eval import trained_tensors
 from train import Settings, main, make_optimizer, parse, prepare, train_step
 
 ROOT = Path(__file__).parents[1]
