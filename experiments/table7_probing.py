@@ -36,7 +36,7 @@ the states of a pre-norm model grow from layer to layer and would saturate the s
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -131,38 +131,42 @@ def draw(groups: dict[str, list], size: int) -> list[tuple[str, list[str]]]:
 
 
 def make_tasks(texts: Iterable[str], size: int, most: int) -> dict[str, Task]:
-    """SentLen, WC and BShift from plain text, with at most `size` training sentences each, 10 or
-    more for each of at most `most` words. Raises InputError if there is too little text."""
+    """SentLen, WC and BShift from plain text, with `size` training sentences each or as many as the
+    text allows; WC with `most` words, 10 or more training sentences for each."""
     pool, rng = sentences(texts), random.Random(0)
     rng.shuffle(pool)
-    cuts = [0, len(pool) // 2, len(pool) * 3 // 4, len(pool)]
-    parts = {s: pool[a:b] for s, a, b in zip(SHARES, cuts, cuts[1:], strict=False)}
-    sizes = {s: int(size * share) for s, share in SHARES.items()}
+    half, rest, most = len(pool) // 2, len(pool) * 3 // 4, min(most, size // 10)
+    parts = {"tr": range(half), "va": range(half, rest), "te": range(rest, len(pool))}
 
-    counts = Counter(token.lower() for tokens in pool for token in tokens if token[0].isalnum())
-    ranked = [word for word, _ in counts.most_common()][min(2000, len(counts) // 2) :]
-    words = [w for w in ranked if len(w) >= 4 and w.isalpha()][: min(most, size // 10)]
-    having = {s: {word: [] for word in words} for s in parts}  # the sentences with that word only
-    for s, part in parts.items():
-        for tokens in part:
-            hits = [w for w in map(str.lower, tokens) if w in having[s]]
-            if len(hits) == 1:
-                having[s][hits[0]].append(tokens)
-    rare = {w for s in parts for w in words if len(having[s][w]) < sizes[s] // len(words)}
+    where = defaultdict(list)  # word -> the sentences it is in, as often as it is there
+    for i, tokens in enumerate(pool):
+        for token in tokens:
+            where[token.lower()].append(i)
+    ranked = sorted((w for w in where if w[0].isalnum()), key=lambda w: -len(where[w]))
+    words, hits = [], Counter()  # hits: how many of the chosen words a sentence has
+    for w in ranked[min(2000, len(ranked) // 2) :]:
+        enough = sum(not hits[i] for i in where[w]) >= 2 * size // most
+        if enough and len(words) < most and len(w) >= 4 and w.isalpha():
+            words.append(w)
+            hits.update(where[w])
 
     tasks: dict[str, Task] = {"SentLen": {}, "WC": {}, "BShift": {}}
+    alone = {
+        s: {w: [pool[i] for i in where[w] if hits[i] == 1 and i in part] for w in words}
+        for s, part in parts.items()
+    }
+    rare = {w for s in parts for w in words if len(alone[s][w]) < size * SHARES[s] // most}
     for s, part in parts.items():
-        bins = {str(i): [t for t in part if len(t) in b] for i, b in enumerate(BINS)}
-        made = {"SentLen": draw(bins, sizes[s]), "BShift": []}
-        made["WC"] = draw({w: having[s][w] for w in words if w not in rare}, sizes[s])
+        count = int(size * SHARES[s])
+        bins = {str(k): [pool[i] for i in part if len(pool[i]) in b] for k, b in enumerate(BINS)}
+        made = {"SentLen": draw(bins, count), "BShift": []}
+        made["WC"] = draw({w: alone[s][w] for w in words if w not in rare}, count)
         calm = [tokens for _, tokens in made["SentLen"] if swaps(tokens)]
         for keep, invert in zip(calm[::2], calm[1::2], strict=False):
             i = rng.choice(swaps(invert))
             moved = [*invert[:i], invert[i + 1], invert[i], *invert[i + 2 :]]
             made["BShift"] += [("O", keep), ("I", moved)]
         for name, rows in made.items():
-            if len({label for label, _ in rows}) < 2:
-                raise InputError(f"{len(pool)} sentences are too few for {name}; give more text")
             tasks[name][s] = [(label, " ".join(tokens)) for label, tokens in rows]
     return tasks
 
@@ -287,6 +291,15 @@ def main() -> None:
         if value is not None and value < least:
             raise InputError(f"{flag} is {value}, but it takes at least {least}")
 
+    device = default_device()
+    if (locate(args.model) / "adapter.safetensors").exists():
+        model, tokenizer, _ = load_run(locate(args.model), device)
+    else:
+        model = load(args.model, head="none").to(device)
+        tokenizer = Tokenizer.from_folder(checkpoint_folder(args.model), model.config)
+    if args.pool == "first" and model.config.family != "roberta":
+        raise InputError("--pool first is for RoBERTa; a decoder's first token has read no other")
+
     if args.senteval:
         names = [name for name in FILES if name in (args.tasks or FILES)]
         tasks = {name: read_senteval(args.senteval, name, args.size) for name in names}
@@ -300,20 +313,14 @@ def main() -> None:
             raise InputError(f"{missing.pop()} needs --senteval DIR; text gives {', '.join(tasks)}")
         tasks = {name: task for name, task in tasks.items() if name in (args.tasks or tasks)}
 
-    device = default_device()
-    if (locate(args.model) / "adapter.safetensors").exists():
-        model, tokenizer, _ = load_run(locate(args.model), device)
-    else:
-        model = load(args.model, head="none").to(device)
-        tokenizer = Tokenizer.from_folder(checkpoint_folder(args.model), model.config)
-    if args.pool == "first" and model.config.family != "roberta":
-        raise InputError("--pool first is for RoBERTa; a decoder's first token has read no other")
-
     table, chance = {}, []
     for name, task in tasks.items():
         numbers = {label: i for i, label in enumerate(sorted({row[0] for row in task["tr"]}))}
         sizes = [len(rows) for rows in task.values()]
-        print(f"{name}: {sizes} sentences to train, validate, test; {len(numbers)} classes")
+        amount = f"{name}: {sizes} sentences to train, validate, test; {len(numbers)} classes"
+        if min(sizes) == 0 or len(numbers) < 2:
+            raise InputError(f"{amount}, which is too little; give more text or a larger --size")
+        print(amount)
         labels, texts = zip(*(row for rows in task.values() for row in rows), strict=True)
         y = torch.tensor([numbers[label] for label in labels], device=device).split(sizes)
         chance.append(100 * y[2].bincount().max().item() / len(y[2]))

@@ -11,8 +11,9 @@ There are no meaning representations in it, and none of the restaurants of nano/
 
     pip install -r requirements-dev.txt                      # for `tokenizers`
     python nano/pretrain.py --text DIR --family gpt2         # DIR holds *.txt
-    python nano/pretrain.py --text DIR --family roberta --lr 2e-3
-    python nano/pretrain.py --text DIR --family roberta --lr 2e-3 --resume       # after a kill
+    python nano/pretrain.py --text DIR --family roberta --lr 2e-3 --warmup 300 --steps 6000
+
+With --resume the same command goes on after a kill.
 """
 
 import argparse
