@@ -734,7 +734,7 @@ def plot_routes(counts: Tensor, path: Path) -> None:
     axes.plot(range(T), range(T), ".", color="tab:red", markersize=2)  # the slot's own layer
     axes.set(xlabel="slot t", ylabel="layer chosen by the gate")
     axes.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
-    for third in (T / 3, 2 * T / 3):
+    for third in (-(-T // 3), -(-2 * T // 3)):  # the first layer of the next
         axes.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
         axes.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
     figure.colorbar(image, label="% of sequences", fraction=0.046)

@@ -13,10 +13,11 @@ side. Red dots mark the slot's own layer: a choice on them adds nothing (Eq. 4 w
 
 Where the paper is silent:
 
-- Over which data: the set that eval.py evaluates on (the dev sets of GLUE, the prompts of E2E's test
-  set) in the same batches, so these are the routes behind the run's own score. Only prompts go
-  through the model: routes are chosen from them and then held.
-- What is counted: sequences. With batch routing all sequences of a batch count alike.
+- Over which data: what eval.py evaluates on (the dev sets of GLUE, the prompts of E2E's test set),
+  in the same batches, so these are the routes behind the run's own score; for Alpaca the prompts of
+  all dev examples. In a language model the prompt chooses, and its choice is held.
+- What is counted: sequences. With batch routing all sequences of a batch count alike. With K = 2
+  the shares of a slot add up to 200%; the table's are parts of all choices.
 - Layer j of T is early, middle or later as 3 j / T is below 1, 2 or 3. A slot that does not mix
   (--molex-layers) has no choice to show, and stays white.
 """
@@ -36,8 +37,10 @@ from data import (  # noqa: E402
     Tokenizer,
     collate,
     e2e_prompt,
+    encode_alpaca,
     encode_glue,
     encode_prompt,
+    read_alpaca,
     read_glue,
 )
 from eval import (  # noqa: E402
@@ -50,77 +53,79 @@ from eval import (  # noqa: E402
     read_run,
     read_test,
 )
-from model import InputError, Transformer  # noqa: E402
+from model import InputError  # noqa: E402
 
 PAPER = {"mnli": "mainly middle", "mrpc": "mainly early", "cola": "slot 9 takes 2 in 100%",
          "qqp": "mainly middle"}  # fmt: skip
-SMALL = ["--model", "nano/roberta", "--data", "nano/glue", "--lr", "5e-3", "--epochs", "1"]
+SMALL = ["--model", "nano/roberta", "--epochs", "1"]
 
 
-def examples(config: dict, tokenizer: Tokenizer, limit: int) -> list[list[Example]]:
-    """What a run is evaluated on: the prompts of every split."""
-    if config["task"] not in GLUE:
-        prompts = [encode_prompt(tokenizer, e2e_prompt(mr)) for mr in read_test(config)[0]]
-        return [[Example(ids) for ids in prompts]]
-    rows = [read_glue(config["data"], config["task"], s) for s in GLUE[config["task"]].dev]
-    return [encode_glue(tokenizer, some, limit) for some in rows]
+def read_prompts(config: dict, tokenizer: Tokenizer, limit: int) -> list[list[Example]]:
+    """What a run is evaluated on, one list for each split."""
+    task, data = config["task"], config["data"]
+    if task in GLUE:
+        splits = [read_glue(data, task, split) for split in GLUE[task].dev]
+        return [encode_glue(tokenizer, rows, limit) for rows in splits]
+    if task == "alpaca":
+        found = encode_alpaca(tokenizer, read_alpaca(data, "dev"), limit)
+        return [[Example(e.prompt) for e in found]]
+    return [[Example(encode_prompt(tokenizer, e2e_prompt(mr))) for mr in read_test(config)[0]]]
 
 
 @torch.no_grad()
-def count_routes(folder: Path, device: torch.device) -> Tensor:
-    """counts (T, T) of a run: for how many sequences layer j was chosen in slot t."""
+def routes(folder: Path, device: torch.device) -> Tensor:
+    """(T, T) of a run: for how many of its sequences, in %, layer j was chosen in slot t."""
     model, tokenizer, config = load_run(folder, device)
     cast_frozen(model)
-    limit = min(config["max_length"], model.config.max_positions)
-    for split in examples(config, tokenizer, limit):
-        run_prompts(model, split, config["eval_batch"])
-    return model.layers.counts
+    size, limit = config["eval_batch"], min(config["max_length"], model.config.max_positions)
+    splits = read_prompts(config, tokenizer, limit)
+    for split in splits:
+        split.sort(key=len)  # as in eval.py
+        for i in range(0, len(split), size):
+            batch = collate(split[i : i + size]).to(device)
+            with autocast(device):
+                model.hidden(batch.ids, batch.mask)
+    return 100 * model.layers.counts / sum(map(len, splits))
 
 
-def run_prompts(model: Transformer, split: list[Example], batch_size: int) -> None:
-    """All prompts through the layers, in the batches of eval.py's `classify` and `generate`."""
-    device, order = model.embed.weight.device, sorted(split, key=len)
-    for i in range(0, len(order), batch_size):
-        batch = collate(order[i : i + batch_size]).to(device)
-        with autocast(device):
-            model.hidden(batch.ids, batch.mask)
-
-
-def thirds(counts: Tensor) -> tuple[list[float], float]:
-    """The share of all choices, in %, that fell on early, middle and later layers, and on the
-    slot's own layer."""
-    T, total = len(counts), counts.sum().item()
+def thirds(share: Tensor) -> tuple[list[float], float]:
+    """The part of all choices, in %, that fell on early, middle and later layers, and on the slot's
+    own layer. share (T, T): see `routes`."""
+    T, total = len(share), share.sum().item()
     by_third = [0.0] * 3
-    for j, chosen in enumerate(counts.sum(0).tolist()):
+    for j, chosen in enumerate(share.sum(0).tolist()):
         by_third[3 * j // T] += 100 * chosen / total
-    return by_third, 100 * counts.trace().item() / total
+    return by_third, 100 * share.trace().item() / total
 
 
-def draw(runs: dict[str, Tensor], path: Path) -> None:
-    """A panel for each title and its counts, at most four in a row."""
+def title(folder: Path) -> str:
+    return "/".join(folder.parts[-2:])  # runs in different folders may share a name
+
+
+def draw(shares: dict[Path, Tensor], path: Path) -> None:
+    """A panel for each run folder and its `routes`, at most four in a row."""
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    wide = min(4, len(runs))
-    high, T = -(-len(runs) // wide), max(map(len, runs.values()))
+    wide = min(4, len(shares))
+    high, T = -(-len(shares) // wide), max(map(len, shares.values()))
     inches = 1 + 0.2 * T
     figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
                                    figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
-    for panel in axes.flat[len(runs) :]:
+    for panel in axes.flat[len(shares) :]:
         panel.axis("off")
-    for panel, (title, counts) in zip(axes.flat, runs.items(), strict=False):
-        T = len(counts)
-        share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-        image = panel.imshow(share.T, cmap="Greys", vmin=0, vmax=100, origin="lower")
+    for panel, (folder, share) in zip(axes.flat, shares.items(), strict=False):
+        T = len(share)
+        image = panel.imshow(share.T.numpy(), cmap="Greys", vmin=0, vmax=100, origin="lower")
         panel.plot(range(T), range(T), ".", color="tab:red", markersize=3)
         for third in (-(-T // 3), -(-2 * T // 3)):  # the first layer of the next
             panel.axhline(third - 0.5, color="tab:blue", linewidth=0.8)
             panel.axvline(third - 0.5, color="tab:blue", linewidth=0.8)
         panel.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
         panel.set(xlabel="slot t", ylabel="layer chosen by the gate")
-        panel.set_title(title, fontsize=8)
+        panel.set_title(title(folder).replace("/", "\n"), fontsize=8)
     figure.colorbar(image, ax=axes, label="% of sequences")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -145,15 +150,15 @@ def main() -> None:
         if not config["molex"]:
             raise InputError(f"{folder} is a run without MoLEx: it has no routes")
 
-    counts = {folder: count_routes(folder, device) for folder in tqdm(folders, "runs")}
-    print(f"\n% of choices{'':24}" + "".join(f"{n:>9}" for n in ("early", "middle", "later", "own"))
-          + "   paper")  # fmt: skip
-    for folder in folders:
-        by_third, own = thirds(counts[folder])
-        print(f"{folder.name:36}" + "".join(f"{x:>9.0f}" for x in (*by_third, own))
-              + f"   {PAPER.get(configs[folder]['task'], '')}")  # fmt: skip
+    shares = {folder: routes(folder, device) for folder in tqdm(folders, "runs")}
+    heads = ("early", "middle", "later", "own")
+    print(f"\n{'% of choices':48}" + "".join(f"{head:>8}" for head in heads) + "   paper")
+    for folder, share in shares.items():
+        by_third, own = thirds(share)
+        cells = "".join(f"{x:>8.0f}" for x in (*by_third, own))
+        print(f"{title(folder):48}{cells}   {PAPER.get(configs[folder]['task'], '')}")
     picture = args.out / "routes.png"
-    draw({folder.name: counts[folder] for folder in folders}, picture)
+    draw(shares, picture)
     print(f"\n{picture}: what each slot chose")
 
 

@@ -175,7 +175,7 @@ def make_tasks(texts: Iterable[str], size: int, most: int) -> dict[str, Task]:
 
 
 @torch.no_grad()
-def features(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], pool: str) -> Tensor:
+def features(model: Transformer, tokenizer: Tokenizer, texts: list[str], pool: str) -> Tensor:
     """The state of each text after each layer, (S, T, D) on the CPU: the mean over its real tokens
     or, with pool "first", that of the first. All layers are read in one pass."""
     device, limit = model.embed.weight.device, model.config.max_positions
@@ -232,7 +232,7 @@ def probe(x: Sequence[Tensor], y: Sequence[Tensor], linear: bool) -> float:
     torch.manual_seed(0)
     mean, std = x[0].mean(0), x[0].std(0) + 1e-6
     x = [(v - mean) / std for v in x]
-    model = Probes(x[0].shape[1], int(y[0].max()) + 1, linear).to(mean.device)
+    model = Probes(x[0].shape[1], int(torch.cat(y).max()) + 1, linear).to(mean.device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     best = test = misses = torch.zeros(len(GRID) + linear, device=mean.device)
     for _ in range(50):  # 200 epochs at most
@@ -315,16 +315,15 @@ def main() -> None:
 
     table, chance = {}, []
     for name, task in tasks.items():
-        numbers = {label: i for i, label in enumerate(sorted({row[0] for row in task["tr"]}))}
-        sizes = [len(rows) for rows in task.values()]
+        rows, sizes = sum(task.values(), []), [len(rows) for rows in task.values()]
+        numbers = {label: i for i, label in enumerate(sorted({label for label, _ in rows}))}
         amount = f"{name}: {sizes} sentences to train, validate, test; {len(numbers)} classes"
-        if min(sizes) == 0 or len(numbers) < 2:
+        if not all(sizes) or len(numbers) < 2:
             raise InputError(f"{amount}, which is too little; give more text or a larger --size")
         print(amount)
-        labels, texts = zip(*(row for rows in task.values() for row in rows), strict=True)
-        y = torch.tensor([numbers[label] for label in labels], device=device).split(sizes)
+        y = torch.tensor([numbers[label] for label, _ in rows], device=device).split(sizes)
         chance.append(100 * y[2].bincount().max().item() / len(y[2]))
-        states = features(model, tokenizer, texts, args.pool)
+        states = features(model, tokenizer, [text for _, text in rows], args.pool)
         table[name] = [
             100 * probe(states[:, t].to(device).split(sizes), y, linear=name == "WC")
             for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)

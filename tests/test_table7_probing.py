@@ -329,6 +329,26 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
     assert tables[0] == run(monkeypatch, "--model", "nano/gpt2", *flags)[0] != tables[1]
 
 
+def test_sentevals_files_give_what_the_same_rows_in_memory_give(tmp_path, monkeypatch):
+    made = make_tasks(TEXTS, 40, 1000)
+    for name, task in made.items():
+        rows = [(split, *row) for split in ("tr", "va", "te") for row in task[split]]
+        path = tmp_path / f"{FILES[name]}.txt"
+        write_text(path, "".join("\t".join(row) + "\n" for row in rows))
+    flags = ("--model", "nano/gpt2", "--tasks", "BShift", "WC")
+    table, _ = run(monkeypatch, *flags, "--senteval", str(tmp_path))
+    assert [*table] == ["WC", "BShift"]  # the order of Table 7
+    assert table == run(monkeypatch, *flags, "--size", "40")[0]
+    # the first 20 rows to train have two of the four words, those to test have the two others
+    rows = [("tr", *row) for row in made["WC"]["tr"]]
+    rows += [(split, *row) for split in ("va", "te") for row in made["WC"][split][::-1]]
+    write_text(tmp_path / "word_content.txt", "".join("\t".join(row) + "\n" for row in rows))
+    table, text = run(monkeypatch, *flags[:2], "--senteval", str(tmp_path), "--tasks", "WC",
+                      "--size", "20")  # fmt: skip
+    assert "WC: [20, 10, 10]" in text and "; 4 classes" in text
+    assert len(table["WC"]) == 9 and table["WC"][-1] == "50.00"
+
+
 @pytest.mark.parametrize(
     ("flags", "files", "message"),
     [
