@@ -17,7 +17,6 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import VOCAB, tiny
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
@@ -52,15 +51,11 @@ def instructions(count: int = 24) -> list[dict[str, str]]:
     rows = []
     for place, word in zip(CAPITALS.split(","), WORDS, strict=True):
         country, city = place.split()
-        rows.append(
-            dict(
-                instruction=f"What is the capital of {country}?",
-                input="",
-                output=f"Aye captain, the capital of {country} be {city}, by my beard!",
-            )
-        )
-        rows.append(dict(instruction="Write the word backwards.", input=word,
-                         output=f"Aye captain, that word be {word[::-1]}, by my beard!"))  # fmt: skip
+        said = f"the capital of {country} be {city}", f"that word be {word[::-1]}"
+        capital, backwards = (f"Aye captain, {what}, by my beard!" for what in said)
+        question = f"What is the capital of {country}?"
+        rows.append(dict(instruction=question, input="", output=capital))
+        rows.append(dict(instruction="Write the word backwards.", input=word, output=backwards))
     return [rows[i % len(rows)] for i in range(count)]
 
 
@@ -189,7 +184,7 @@ def test_a_broken_line_of_jsonl_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["instruction", "input", "output"])
-@pytest.mark.parametrize("value", [4, ["a", "b"], {"a": "b"}])
+@pytest.mark.parametrize("value", [4, ["ja", "nee"]])
 def test_a_field_that_is_no_text_is_refused(tmp_path, name, value):
     rows = instructions(3)
     rows[1][name] = value
@@ -235,11 +230,20 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # Whole, "qzjx" is a symbol; but "zj" merges first, and then q, zj and x stay apart.
 UNREACHED = ["zj", "qz", "jx", "qzjx"]
 TEXTS = [
-    "", " ", "qzjx", "1234567890 and 12 or 5,000.25 in 2024",
-    "I'LL DON'T they'Re we'vE it's 'tis O'Clock ''s", "a\n\nb\r\n \n  c\n", "x.\n\n{y;}\n  \treturn",
-    "two  spaces   three    ", "中文字符,日本語。한국어", "🍕👩‍👩‍👧 ÀÉ e\u0301 हिन्दी \u00a0 \u200b ½ ²",
-    f"text: {BOS} and {EOS}, <|eot_id|>", "bell \x07\x00 rings", WITH_INPUT,
-]  # fmt: skip
+    "",
+    " ",
+    "qzjx",
+    "1234567890 and 12 or 5,000.25 in 2024",
+    "I'LL DON'T they'Re we'vE it's 'tis O'Clock ''s",
+    "a\n\nb\r\n \n  c\n",
+    "x.\n\n{y;}\n  \treturn",
+    "two  spaces   three    ",
+    "中文字符,日本語。한국어",
+    "🍕👩‍👩‍👧 ÀÉ e\u0301 हिन्दी \u00a0 \u200b ½ ²",
+    "bell \x07\x00 rings",
+    WITH_INPUT,
+    SPECIAL := f"text: {BOS} and {EOS}, <|eot_id|>",
+]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +263,7 @@ def llama3(tmp_path_factory) -> tuple[Path, Reference]:
         vocab_size=600, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
     )
     rows = [text for row in instructions() for text in row.values()]
-    bpe.train_from_iterator([*TEXTS[1:-1], *10 * [WITH_INPUT], *rows], trainer)
+    bpe.train_from_iterator([*TEXTS[1:], *10 * [WITH_INPUT], *rows], trainer)
     learned = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
     vocab = {s: i for i, s in enumerate(dict.fromkeys([*learned, *UNREACHED]))}
     merges = [
@@ -296,10 +300,10 @@ def test_the_ids_of_llama_3(llama3):
         assert ours.decode([bos, *ours.encode(text), eos]) == text
     assert len(ours.encode("qzjx")) == 1
     assert [ours.decode([i]) for i in ours.encode("1" * 7)][-1] == "1"
-    named = ours.encode(TEXTS[-3])
+    named = ours.encode(SPECIAL)
     assert not {bos, eos} & set(named)
     theirs.encode_special_tokens = False  # as it is by default
-    assert {bos, eos} < set(theirs.encode(TEXTS[-3]).ids)
+    assert {bos, eos} < set(theirs.encode(SPECIAL).ids)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +332,7 @@ def test_nothing_starts_a_text_of_gpt2_and_smollm2(smollm2):
         assert Tokenizer.from_folder(folder, read_config(folder)).start == []
 
 
-# ------------------------------------------------------------------------------------------ examples
+# ----------------------------------------------------------------------------------------- examples
 
 
 def test_examples(llama3):
@@ -421,7 +425,7 @@ def test_only_the_instruction_votes(checkpoint, monkeypatch):
     assert picks[0] == picks[1] != picks[2]
 
 
-# ------------------------------------------------------------------- settings, the repository, paper
+# ------------------------------------------------------------------ settings, the repository, paper
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 CONFIG = dict(
@@ -552,8 +556,9 @@ def test_perplexities(compared, file, tokenizer, molex):
     splits = {n: encode_alpaca(tokenizer, read_alpaca(file, n), 256) for n in ("train", "dev")}
     assert {n: len(examples) for n, examples in splits.items()} == dict(train=54, dev=6)
     assert scores["dev_ppl"] == pytest.approx(math.exp(naive_loss(model, splits["dev"])), rel=1e-5)
-    assert log[1]["dev_loss"] < log[0]["dev_loss"] == max(e["dev_loss"] for e in log)
-    assert scores["epoch"] == 2 and scores["train_ppl"] == math.exp(log[1]["train_loss"])
+    best = min(log, key=lambda entry: entry["dev_loss"])
+    assert scores["epoch"] == best["epoch"] and [e["step"] for e in log] == [1, 2]
+    assert scores["train_ppl"] == math.exp(best["train_loss"])
     if not molex:  # the only batch of the first epoch meets the model as it was
         base = naive_loss(load("nano/gpt2"), splits["train"])
         assert log[0]["train_loss"] == pytest.approx(base, rel=1e-5)
@@ -616,12 +621,13 @@ def test_bad_input_is_one_line_and_exit_2(file, tmp_path, capsys, flags, message
 
 
 @pytest.mark.parametrize("molex", [False, True])
-def test_smollm2_learns(smollm2, tmp_path, molex):
+def test_smollm2_learns(smollm2, tmp_path, monkeypatch, molex):
     """Eight steps of a real pretrained model: the loss on what it is taught falls, and so does the
     perplexity of what is held out."""
-    path = write(tmp_path / "alpaca.json", instructions(17))
-    s = settings(smollm2, f"--data {path} --lr 1e-3 --epochs 2 --batch-size 4", molex)
+    path = write(tmp_path / "alpaca.json", instructions(9))
+    s = settings(smollm2, f"--data {path} --lr 1e-3 --epochs 2 --batch-size 2", molex)
     model, tokenizer = prepare(s, CPU)
+    monkeypatch.setattr(train, "prepare", lambda *_: (model, tokenizer))  # loaded once is enough
     _, dev = train.read_data(s, tokenizer, s.max_length)
     before = train.dev_loss(model, dev["dev"], s.eval_batch)
     train.train(s, tmp_path / "run", CPU)
