@@ -284,6 +284,7 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
 # ------------------------------------------------------------------------------------------- Alpaca
 
 ALPACA_HUB = "tatsu-lab/alpaca"
+ALPACA_FIELDS = ("instruction", "input", "output")
 # The template of Taori et al. (2023), with which the data were made and every model is tuned.
 ALPACA_TASK = "Below is an instruction that describes a task"
 ALPACA_INPUT = ", paired with an input that provides further context"
@@ -314,19 +315,25 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
                 " means and pass --data FILE"
             ) from error
     else:
-        text = _read_text(locate(file))
-        try:
-            lines = [line for line in text.split("\n") if line.strip()]
-            rows = json.loads(text) if text.lstrip()[0] == "[" else [*map(json.loads, lines)]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is neither JSON nor JSONL: {error}") from None
+        text, rows = _read_text(locate(file)), []
+        whole = text.lstrip()[0] == "["  # one list, or an object on each line
+        for number, part in enumerate([text] if whole else text.split("\n")):
+            try:
+                if part.strip():
+                    rows += json.loads(part) if whole else [json.loads(part)]
+            except json.JSONDecodeError as error:
+                where = f"line {number + error.lineno}: {error.msg}"
+                raise InputError(f"{file} is neither JSON nor JSONL: {where}") from None
     pairs = []
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not (row.get("instruction") and row.get("output")):
+        texts = [row.get(n) or "" for n in ALPACA_FIELDS] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or not (texts[0] and texts[2]):
             if file is not None:
-                raise InputError(f"{file}, example {number} lacks an instruction or an output")
-            continue  # the hub's data have 28 empty outputs
-        pairs.append((alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"]))
+                raise InputError(f"{file}, example {number} lacks an instruction or an output, or"
+                                 " has one that is no text")  # fmt: skip
+            continue  # the hub's data have a few empty outputs
+        instruction, context, output = texts
+        pairs.append((alpaca_prompt(instruction, context), output))
     if len(pairs) < 2:
         raise InputError(f"{file or ALPACA_HUB} holds too few examples to hold one out")
     held_out = min(200, max(1, len(pairs) // 10))

@@ -685,9 +685,12 @@ def evaluate_alpaca(
     model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
 ) -> dict[str, float]:
     """Perplexities of the best epoch (Table 12); and answers to five prompts, to look at."""
-    limit = min(config["max_length"], model.config.max_positions - config["max_new_tokens"])
+    longest = model.config.max_positions
+    limit = min(config["max_length"], longest)
     examples = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), limit)
-    examples = [examples[i] for i in sorted({k * len(examples) // 5 for k in range(5)})]
+    examples = [e for e in examples if len(e.prompt) + config["max_new_tokens"] <= longest]
+    chosen = sorted({k * len(examples) // 5 for k in range(5)}) if examples else []
+    examples = [examples[i] for i in chosen]
     prompts = [e.prompt for e in examples]
     outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
     samples = [
