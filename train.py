@@ -194,7 +194,7 @@ HELP = {
     "clip": "longest gradient, as a norm; 0: off",
     "adam_eps": "AdamW's epsilon",
     "label_smoothing": "on the answer's tokens",
-    "dropout": "inside the pretrained model",
+    "dropout": "inside the pretrained model; GLUE: the checkpoint's own",
     "max_length": "tokens, prompt and answer; longer answers are cut",
     "lora_r": "rank of the LoRA on q and v",
     "lora_alpha": "the LoRA's update is scaled by alpha / r",
