@@ -298,7 +298,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             if data is not None and task in GLUE:
                 for split in ("train", *GLUE[task].dev):
                     glue_file(data, task, split)  # before the first run begins
-            if task in GLUE:  # the checkpoint's own; models made without any learn little with it
+            if task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
                 chosen.setdefault("dropout", config.dropout)
             if task == "e2e":
                 chosen.setdefault("layers", tuple(range(min(12, config.n_layer))))
