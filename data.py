@@ -1,4 +1,4 @@
-"""Tokenizer, data sets and batches.
+"""Tokenizer; GLUE, E2E and Alpaca from files or the hub (appendix B, E.3); batches.
 
 The tokenizer is tiktoken's byte-pair encoder over the checkpoint's own vocabulary and merges. Text
 is data: a string that happens to contain "<|endoftext|>" is encoded as those thirteen characters.

@@ -347,6 +347,7 @@ def paired_bootstrap(
 
 
 def accuracy(predictions: list[float], labels: list[float]) -> float:
+    """The share of predictions that equal their label, 0 to 1."""
     return sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
 
 
