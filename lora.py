@@ -209,7 +209,8 @@ def fill(model: Transformer, state: dict[str, Tensor], source: Path) -> None:
 def load_loralib(model: Transformer, file: Path) -> None:
     """Fill a RoBERTa's LoRA from a .bin file of github.com/microsoft/LoRA, whose names are those of
     transformers, with lora_A and lora_B. The task head in it is left out. It does not say alpha,
-    which is 16 in that repository's scripts for RoBERTa-base. Raises InputError if it does not fit."""
+    which is 16 in that repository's scripts for RoBERTa-base. Raises InputError if it does not
+    fit."""
     pattern = r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$"
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
