@@ -59,7 +59,16 @@ from data import (
     read_glue,
 )
 from lora import add_lora, merge
-from model import Cache, ClassificationHead, InputError, Transformer, checkpoint_folder, load
+from model import (
+    Cache,
+    ClassificationHead,
+    InputError,
+    Transformer,
+    checkpoint_folder,
+    load,
+    locate,
+    reason,
+)
 from molex import MoLEx, MoLExConfig, upcycle
 
 # ------------------------------------------------------------------------------------- tokenization
@@ -402,6 +411,40 @@ def glue_scores(
     return scores
 
 
+# --------------------------------------------------------------------------------------------- loss
+
+
+def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
+    """Summed loss over all targets: cross-entropy of the answers' tokens (logits are computed for
+    those alone) or of the labels; squared error of scores."""
+    device = model.embed.weight.device
+    batch = collate(examples).to(device)
+    with autocast(device):
+        if isinstance(model.head, ClassificationHead):
+            logits = model(batch.ids, batch.mask)[batch.where].float()
+        else:
+            h = model.hidden(batch.ids, batch.mask, batch.prompt).flatten(0, 1)[batch.where]
+            logits = model.logits(h).float()
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
+    return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
+
+
+@torch.no_grad()
+def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> float:
+    """Mean loss of an answer's token in nats, without label smoothing. Its exponential is the
+    perplexity (Table 12)."""
+    training = model.training
+    model.eval()
+    order = sorted(examples, key=len)
+    total = sum(
+        summed_loss(model, order[i : i + batch_size], 0.0)
+        for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False)
+    )
+    model.train(training)
+    return total.item() / sum(e.targets for e in examples)
+
+
 # -------------------------------------------------------------------------------------- beam search
 
 
@@ -501,8 +544,14 @@ def beam_search(
 # ----------------------------------------------------------------------------------- finished runs
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
+    used here."""
+    try:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -604,10 +653,15 @@ def generate(
     return answers
 
 
-def read_best(folder: Path, task: str) -> dict:
-    """The best epoch's entry in a run's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return best_epoch([*map(json.loads, lines)], task)
+def load_model(
+    name: str | Path, device: torch.device, head: str = "lm"
+) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a finished run's folder, or pretrained: of a checkpoint folder or the
+    hub. Raises InputError if there is none."""
+    if (locate(name) / "adapter.safetensors").exists():
+        return load_run(locate(name), device)[:2]
+    model = load(name, head=head).to(device)
+    return model, Tokenizer.from_folder(checkpoint_folder(name), model.config)
 
 
 def best_epoch(log: list[dict], task: str) -> dict:
@@ -622,22 +676,25 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     """Score a run's best epoch, on the dev set of GLUE or Alpaca or the test set of E2E.
 
     Writes predictions.tsv (not for Alpaca), samples.txt (five outputs beside what is right),
-    routes.png (which layer ran where, MoLEx only) and scores.json, and returns the scores.
+    routes.json and routes.png (which layer ran where, MoLEx only) and scores.json, and returns the
+    scores.
     """
     model, tokenizer, config = load_run(folder, device)
     trained = trained_tensors(model).items()
     trainable = sum(p.numel() for n, p in trained if n not in task_head(model))
-    best = read_best(folder, config["task"]) | dict(trainable=trainable)
-    if config["task"] in GLUE:  # not merged: to the last bit what was measured in training
-        cast_frozen(model)
-        scores = best | evaluate_glue(model, tokenizer, config, folder)
-    else:
+    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    scores = best_epoch([*log], config["task"]) | dict(trainable=trainable)
+    if config["task"] == "e2e":  # elsewhere, to the last bit what was measured in training
         merge(model)
-        cast_frozen(model)
-        evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}[config["task"]]
-        scores = best | evaluate(model, tokenizer, config, folder)
+    cast_frozen(model)
+    evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(config["task"], evaluate_glue)
+    scores |= evaluate(model, tokenizer, config, folder)
+    if config["task"] == "alpaca":
+        scores |= {f"{name}_ppl": math.exp(scores[f"{name}_loss"]) for name in ("train", "dev")}
     if isinstance(model.layers, MoLEx):
-        plot_routes(model.layers.counts, folder / "routes.png")
+        shares = model.layers.shares()
+        write_text(folder / "routes.json", json.dumps(shares.tolist()) + "\n")
+        plot_routes({folder.name: shares}, folder / "routes.png")
     write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
@@ -685,11 +742,11 @@ def evaluate_e2e(
 def evaluate_alpaca(
     model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
 ) -> dict[str, float]:
-    """Perplexities of the best epoch (Table 12); and answers to five prompts, to look at."""
+    """The dev set's loss; and answers to five prompts, to look at."""
     longest = model.config.max_positions
     limit = min(config["max_length"], longest)
-    examples = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), limit)
-    examples = [e for e in examples if len(e.prompt) + config["max_new_tokens"] <= longest]
+    dev = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), limit)
+    examples = [e for e in dev if len(e.prompt) + config["max_new_tokens"] <= longest]
     chosen = sorted({k * len(examples) // 5 for k in range(5)}) if examples else []
     examples = [examples[i] for i in chosen]
     prompts = [e.prompt for e in examples]
@@ -700,8 +757,9 @@ def evaluate_alpaca(
         for e, output in zip(examples, outputs, strict=True)
     ]
     write_text(folder / "samples.txt", "\n".join(samples))
-    best = read_best(folder, "alpaca")
-    return {f"{name}_ppl": math.exp(best[f"{name}_loss"]) for name in ("train", "dev")}
+    if isinstance(model.layers, MoLEx):
+        model.layers.counts.zero_()  # the routes to look at are those of the whole dev set
+    return {"dev_loss": dev_loss(model, dev, config["eval_batch"])}
 
 
 def search_settings(config: dict) -> dict[str, float]:
@@ -723,26 +781,32 @@ def read_predictions(folder: Path) -> tuple[list[str], list[str], list[list[str]
     return mrs, [line.split("\t")[1] for line in lines], references
 
 
-def plot_routes(counts: Tensor, path: Path) -> None:
-    """Heat map of how often layer j (y) was chosen in slot t (x), as in Figure 2: white never,
-    black always. counts (T, T): see `MoLEx`."""
+def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
+    """Heat maps of which layer (y) was chosen in which slot (x), as in Figure 2: white never, black
+    always; a panel for each name and its `MoLEx.shares`, at most four in a row."""
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    T = len(counts)
-    share = (counts / counts.sum(1, keepdim=True).clamp(min=1) * 100).numpy()
-    figure, axes = pyplot.subplots(figsize=(1.5 + 0.28 * T, 1 + 0.28 * T))
-    image = axes.imshow(share.T, cmap="Greys", vmin=0, vmax=100, origin="lower")
-    axes.plot(range(T), range(T), ".", color="tab:red", markersize=2)  # the slot's own layer
-    axes.set(xlabel="slot t", ylabel="layer chosen by the gate")
-    axes.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
-    for third in (-(-T // 3), -(-2 * T // 3)):  # the first layer of the next
-        axes.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
-        axes.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
-    figure.colorbar(image, label="% of sequences", fraction=0.046)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    wide = min(4, len(runs))
+    high, inches = -(-len(runs) // wide), 1 + 0.25 * max(map(len, runs.values()))
+    figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
+                                   figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
+    for panel in axes.flat[len(runs) :]:
+        panel.axis("off")
+    for panel, (name, shares) in zip(axes.flat, runs.items(), strict=False):
+        T = len(shares)
+        image = panel.imshow(shares.T.numpy(), cmap="Greys", vmin=0, vmax=100, origin="lower")
+        panel.plot(range(T), range(T), ".", color="tab:red", markersize=2)  # the slot's own layer
+        for third in (-(-T // 3), -(-2 * T // 3)):  # the first layer of the next
+            panel.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
+            panel.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
+        panel.set(xlabel="slot t", ylabel="layer chosen by the gate")
+        panel.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
+        panel.set_title(name.replace("/", "\n"), fontsize=8)
+    figure.colorbar(image, ax=axes, label="% of sequences")
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
@@ -757,7 +821,7 @@ def command_line(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last saved step", file=sys.stderr)
+        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
         sys.exit(130)
 
 
@@ -768,6 +832,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, not below `low`."""
+
+    def integer(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return integer
+
+
 def main() -> None:
     parser = Parser(description="Evaluate a run, or score text with the E2E challenge's metrics")
     parser.add_argument("run", type=Path, nargs="?", help="run folder, to evaluate it again")
@@ -776,7 +851,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
     args = parser.parse_args()
     if args.run:
-        scores = evaluate_run(args.run, default_device())
+        scores = evaluate_run(args.run, pick_device())
     elif args.predictions and args.references:
         scores = e2e_scores(*read_files(args.predictions, args.references))
     else:

@@ -127,6 +127,11 @@ class MoLEx(nn.Module):
         """Which gate and alpha slot t uses."""
         return self.slots.index(t) if self.config.individual_gates else 0
 
+    def shares(self) -> Tensor:
+        """For how many of the sequences, in %, layer j was chosen in slot t: (T, T), rows t. K = 2
+        adds up to 200; a slot that does not mix chooses none."""
+        return 100 * self.config.top_k * self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
         if z.is_cuda:

@@ -12,7 +12,7 @@
 Every setting has a flag (`--help`); what is not given comes from the paper. A run is a folder,
 runs/<model>-<task>-<method>-s<seed>/: config.json, metrics.jsonl, adapter.safetensors (the trained
 tensors of the best epoch), last.pt, predictions.tsv, scores.json, samples.txt and, for MoLEx,
-routes.png. The same command again resumes a killed run and keeps a finished one.
+routes.json and routes.png. The same command again resumes a killed run and keeps a finished one.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -36,7 +35,6 @@ from data import (
     GLUE,
     Example,
     Tokenizer,
-    collate,
     e2e_prompt,
     encode_alpaca,
     encode_glue,
@@ -49,25 +47,26 @@ from data import (
 )
 from eval import (
     Parser,
-    autocast,
     best_epoch,
     build,
     cast_frozen,
     classify,
     command_line,
-    default_device,
+    dev_loss,
     evaluate_run,
     glue_scores,
     paired_bootstrap,
+    pick_device,
     read_predictions,
     read_run,
+    summed_loss,
     task_head,
     trained_tensors,
     write_atomic,
     write_text,
 )
 from lora import load_loralib
-from model import ClassificationHead, InputError, Transformer, checkpoint_folder, read_config
+from model import InputError, Transformer, checkpoint_folder, read_config
 from molex import MoLExConfig, gate_parameters
 
 # ----------------------------------------------------------------------------------------- settings
@@ -363,35 +362,6 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
-
-
-def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
-    """Summed loss over all targets: cross-entropy of the answers' tokens (logits are computed for
-    those alone) or of the labels; squared error of scores."""
-    device = model.embed.weight.device
-    batch = collate(examples).to(device)
-    with autocast(device):
-        if isinstance(model.head, ClassificationHead):
-            logits = model(batch.ids, batch.mask)[batch.where].float()
-        else:
-            h = model.hidden(batch.ids, batch.mask, batch.prompt).flatten(0, 1)[batch.where]
-            logits = model.logits(h).float()
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
-    return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
-
-
-@torch.no_grad()
-def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> float:
-    """Mean loss of an answer's token in nats, without label smoothing."""
-    model.eval()
-    order = sorted(examples, key=len)
-    total = sum(
-        summed_loss(model, order[i : i + batch_size], 0.0)
-        for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False)
-    )
-    model.train()
-    return total.item() / sum(e.targets for e in examples)
 
 
 def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -> dict[str, float]:
@@ -710,11 +680,7 @@ def report(runs: list[Settings], out: Path) -> None:
 
 def main() -> None:
     args, runs = parse()
-    try:
-        device = torch.empty(0, device=args.device or default_device()).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {args.device} cannot be used here: {reason}") from error
+    device = pick_device(args.device)
     if "RANK" in os.environ:  # started by torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

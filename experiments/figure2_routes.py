@@ -13,123 +13,47 @@ side. Red dots mark the slot's own layer: a choice on them adds nothing (Eq. 4 w
 
 Where the paper is silent:
 
-- Over which data: what eval.py evaluates on (the dev sets of GLUE, the prompts of E2E's test set),
-  in the same batches, so these are the routes behind the run's own score; for Alpaca the prompts of
-  all dev examples. In a language model the prompt chooses, and its choice is held.
+- Over which data: what eval.py evaluates a run on, in its batches, so these are the routes behind
+  the run's own score: the dev sets of GLUE and Alpaca, the prompts of E2E's test set.
 - What is counted: sequences. With batch routing all sequences of a batch count alike. With K = 2
   the shares of a slot add up to 200%; the table's are parts of all choices.
 - Layer j of T is early, middle or later as 3 j / T is below 1, 2 or 3. A slot that does not mix
   (--molex-layers) has no choice to show, and stays white.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train  # noqa: E402
-from data import (  # noqa: E402
-    GLUE,
-    Example,
-    Tokenizer,
-    collate,
-    e2e_prompt,
-    encode_alpaca,
-    encode_glue,
-    encode_prompt,
-    read_alpaca,
-    read_glue,
-)
-from eval import (  # noqa: E402
-    Parser,
-    autocast,
-    cast_frozen,
-    command_line,
-    default_device,
-    load_run,
-    read_run,
-    read_test,
-)
-from model import InputError  # noqa: E402
+import train
+from eval import Parser, command_line, pick_device, plot_routes
+from model import InputError
 
 PAPER = {"mnli": "mainly middle", "mrpc": "mainly early", "cola": "slot 9 takes 2 in 100%",
          "qqp": "mainly middle"}  # fmt: skip
 SMALL = ["--model", "nano/roberta", "--epochs", "1"]
 
 
-def read_prompts(config: dict, tokenizer: Tokenizer, limit: int) -> list[list[Example]]:
-    """What a run is evaluated on, one list for each split."""
-    task, data = config["task"], config["data"]
-    if task in GLUE:
-        splits = [read_glue(data, task, split) for split in GLUE[task].dev]
-        return [encode_glue(tokenizer, rows, limit) for rows in splits]
-    if task == "alpaca":
-        found = encode_alpaca(tokenizer, read_alpaca(data, "dev"), limit)
-        return [[Example(e.prompt) for e in found]]
-    return [[Example(encode_prompt(tokenizer, e2e_prompt(mr))) for mr in read_test(config)[0]]]
+def read_routes(folder: Path) -> tuple[str, Tensor]:
+    """The task of a finished run, and its `MoLEx.shares`. Raises InputError if it has none."""
+    if not (folder / "routes.json").exists():
+        raise InputError(f"{folder} holds no routes.json: it is not a finished run with MoLEx")
+    config, shares = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "routes"))
+    return config["task"], torch.tensor(shares)
 
 
-@torch.no_grad()
-def routes(folder: Path, device: torch.device) -> Tensor:
-    """(T, T) of a run: for how many of its sequences, in %, layer j was chosen in slot t."""
-    model, tokenizer, config = load_run(folder, device)
-    cast_frozen(model)
-    size, limit = config["eval_batch"], min(config["max_length"], model.config.max_positions)
-    splits = read_prompts(config, tokenizer, limit)
-    for split in splits:
-        split.sort(key=len)  # as in eval.py
-        for i in range(0, len(split), size):
-            batch = collate(split[i : i + size]).to(device)
-            with autocast(device):
-                model.hidden(batch.ids, batch.mask)
-    return 100 * model.layers.counts / sum(map(len, splits))
-
-
-def thirds(share: Tensor) -> tuple[list[float], float]:
+def thirds(shares: Tensor) -> tuple[list[float], float]:
     """The part of all choices, in %, that fell on early, middle and later layers, and on the slot's
-    own layer. share (T, T): see `routes`."""
-    T, total = len(share), share.sum().item()
+    own layer."""
+    T, total = len(shares), shares.sum().item()
     by_third = [0.0] * 3
-    for j, chosen in enumerate(share.sum(0).tolist()):
+    for j, chosen in enumerate(shares.sum(0).tolist()):
         by_third[3 * j // T] += 100 * chosen / total
-    return by_third, 100 * share.trace().item() / total
-
-
-def title(folder: Path) -> str:
-    return "/".join(folder.parts[-2:])  # runs in different folders may share a name
-
-
-def draw(shares: dict[Path, Tensor], path: Path) -> None:
-    """A panel for each run folder and its `routes`, at most four in a row."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    wide = min(4, len(shares))
-    high, T = -(-len(shares) // wide), max(map(len, shares.values()))
-    inches = 1 + 0.2 * T
-    figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
-                                   figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
-    for panel in axes.flat[len(shares) :]:
-        panel.axis("off")
-    for panel, (folder, share) in zip(axes.flat, shares.items(), strict=False):
-        T = len(share)
-        image = panel.imshow(share.T.numpy(), cmap="Greys", vmin=0, vmax=100, origin="lower")
-        panel.plot(range(T), range(T), ".", color="tab:red", markersize=3)
-        for third in (-(-T // 3), -(-2 * T // 3)):  # the first layer of the next
-            panel.axhline(third - 0.5, color="tab:blue", linewidth=0.8)
-            panel.axvline(third - 0.5, color="tab:blue", linewidth=0.8)
-        panel.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
-        panel.set(xlabel="slot t", ylabel="layer chosen by the gate")
-        panel.set_title(title(folder).replace("/", "\n"), fontsize=8)
-    figure.colorbar(image, ax=axes, label="% of sequences")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return by_third, 100 * shares.trace().item() / total
 
 
 def main() -> None:
@@ -139,27 +63,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/figure2"),
                         help="where the picture goes and, without RUN, its runs")  # fmt: skip
     args = parser.parse_args()
-    device, folders = default_device(), args.runs
+    folders = args.runs
     if not folders:
-        settings = [
-            s for task in ("cola", "mrpc") for s in train.parse([*SMALL, "--task", task])[1]
-        ]
-        folders = [train.run(s, args.out, False, device) for s in settings]
-    configs = {folder: read_run(folder)[0] for folder in folders}
-    for folder, config in configs.items():
-        if not config["molex"]:
-            raise InputError(f"{folder} is a run without MoLEx: it has no routes")
+        settings = [train.parse([*SMALL, "--task", task])[1][0] for task in ("cola", "mrpc")]
+        folders = [train.run(s, args.out, False, pick_device()) for s in settings]
+    found = {folder: read_routes(folder) for folder in folders}
 
-    shares = {folder: routes(folder, device) for folder in tqdm(folders, "runs")}
     heads = ("early", "middle", "later", "own")
     print(f"\n{'% of choices':48}" + "".join(f"{head:>8}" for head in heads) + "   paper")
-    for folder, share in shares.items():
-        by_third, own = thirds(share)
+    panels = {}
+    for folder, (task, shares) in found.items():
+        name = "/".join(folder.parts[-2:])  # runs in different folders may share a name
+        panels[name] = shares
+        by_third, own = thirds(shares)
         cells = "".join(f"{x:>8.0f}" for x in (*by_third, own))
-        print(f"{title(folder):48}{cells}   {PAPER.get(configs[folder]['task'], '')}")
-    picture = args.out / "routes.png"
-    draw(shares, picture)
-    print(f"\n{picture}: what each slot chose")
+        print(f"{name:48}{cells}   {PAPER.get(task, '')}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot_routes(panels, args.out / "routes.png")
+    print(f"\n{args.out / 'routes.png'}: what each slot chose")
 
 
 if __name__ == "__main__":

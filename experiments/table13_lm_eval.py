@@ -40,11 +40,11 @@ from datasets import Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Example, Tokenizer, collate, group_references, read_e2e  # noqa: E402
-from eval import Parser, beam_search, command_line, default_device, load_run  # noqa: E402
-from lora import merge  # noqa: E402
-from model import ClassificationHead, InputError, checkpoint_folder, load, locate, reason  # noqa: E402
-from molex import MoLEx  # noqa: E402
+from data import Example, collate, group_references, read_e2e
+from eval import Parser, at_least, beam_search, command_line, load_model, pick_device
+from lora import merge
+from model import ClassificationHead, InputError, reason
+from molex import MoLEx
 
 try:
     from lm_eval import simple_evaluate
@@ -81,14 +81,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, name: str, device: torch.device, batch_size: int = 16) -> None:
         super().__init__()
-        folder = locate(name)
-        config = folder / "config.json"
-        if config.exists() and '"model_type"' not in config.read_text("utf-8"):  # not a checkpoint
-            self.model, self.tokenizer, _ = load_run(folder, device)
-        else:
-            folder = checkpoint_folder(name)
-            self.model = load(folder).to(device)
-            self.tokenizer = Tokenizer.from_folder(folder, self.model.config)
+        self.model, self.tokenizer = load_model(name, device)
         c, layers = self.model.config, self.model.layers
         if c.family == "roberta" or isinstance(self.model.head, ClassificationHead):
             raise InputError(f"{name} does not predict the next token; use a gpt2 or llama model")
@@ -235,19 +228,12 @@ def main() -> None:
         "models", nargs="*", help="run folders, checkpoint folders or hub names; none: small form"
     )
     parser.add_argument("--tasks", nargs="+", help="names in the harness; default: Table 13's four")
-    parser.add_argument("--limit", type=int, help="only the first questions of every (sub)task")
-    parser.add_argument("--num-fewshot", type=int, help="examples before a question")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default=str(default_device()))
+    parser.add_argument("--limit", type=at_least(1), help="first questions of every (sub)task only")
+    parser.add_argument("--num-fewshot", type=at_least(0), help="examples before a question")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="requests at once")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
-    for option, low in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(args, option)
-        if value is not None and value < low:
-            raise InputError(f"--{option.replace('_', '-')} is {value}, but must be at least {low}")
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:  # no such device, or not on this machine
-        raise InputError(f"--device {args.device} cannot be used: {reason(error)}") from error
+    device = pick_device(args.device)
     if MISSING:
         raise InputError(
             f"lm-evaluation-harness is not installed (there is no {MISSING}):"

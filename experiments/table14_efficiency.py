@@ -30,7 +30,6 @@ Where the paper is silent:
   paper's must be another: 4:59 minutes are only 591 times its 0.506 s.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -42,10 +41,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import Parser, autocast, cast_frozen, command_line, default_device  # noqa: E402
-from lora import add_lora  # noqa: E402
-from model import Config, Context, Transformer, load  # noqa: E402
-from molex import MoLEx, MoLExConfig, upcycle  # noqa: E402
+from eval import Parser, at_least, autocast, cast_frozen, command_line, pick_device
+from lora import add_lora
+from model import Config, Context, Transformer, load
+from molex import MoLEx, MoLExConfig, upcycle
 
 LLAMA = dict(  # config.json of meta-llama/Llama-3.2-1B
     model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
@@ -147,22 +146,18 @@ def bounds(config: Config, tokens: int) -> dict[str, str]:
     }
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
 def main() -> None:
     parser = Parser(description="Table 14: parameters, FLOP, time and memory of LoRA and of MoLEx")
     parser.add_argument("--model", default="nano/gpt2", help="to measure: a folder or a hub name")
-    parser.add_argument("--tokens", type=positive, default=256, help="in a sample")
-    parser.add_argument("--batch", type=positive, default=1, help="samples in a pass")
-    parser.add_argument("--rounds", type=positive, default=20, help="timed passes of each method")
+    parser.add_argument("--tokens", type=at_least(1), default=256, help="in a sample")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="samples in a pass")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=20, help="timed passes of each method"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    device, model = default_device(), load(args.model)
+    device, model = pick_device(), load(args.model)
     config, T = model.config, model.config.n_layer
     lora = count(config, args.tokens, None)  # first: it says so if there are too many tokens
     llama = Config.from_hf(LLAMA)

@@ -40,13 +40,13 @@ import torch
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "nano")]
-from make_e2e import random_mr, shuffled  # noqa: E402
-from make_glue import alter, realise_pair  # noqa: E402
+from make_e2e import random_mr, shuffled
+from make_glue import alter, realise_pair
 
-import train  # noqa: E402
-from data import GLUE, encode_glue, read_glue  # noqa: E402
-from eval import Parser, cast_frozen, classify, command_line, default_device, load_run  # noqa: E402
-from model import InputError  # noqa: E402
+import train
+from data import GLUE, encode_glue, read_glue
+from eval import Parser, cast_frozen, classify, command_line, load_run, pick_device
+from model import InputError
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
 PAPER = {  # trained on, evaluated on: LoRA, MoLEx
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/table3"),
                         help="without RUN: where its runs and its data go")  # fmt: skip
     args = parser.parse_args()
-    device, folders, targets, data = default_device(), args.runs, args.targets, args.data
+    device, folders, targets, data = pick_device(), args.runs, args.targets, args.data
     if not folders:
         _, settings = train.parse(SMALL)
         folders = [train.run(s, args.out, False, device) for s in settings]

@@ -37,19 +37,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train  # noqa: E402
-from data import GLUE, Example, encode_glue, read_glue  # noqa: E402
-from eval import (  # noqa: E402
+import train
+from data import GLUE, Example, encode_glue, read_glue
+from eval import (
     Parser,
     accuracy,
+    at_least,
     cast_frozen,
     classify,
     command_line,
-    default_device,
     load_run,
+    pick_device,
     read_run,
 )
-from model import InputError, Transformer  # noqa: E402
+from model import InputError, Transformer
 
 PAPER = {"qnli": {"LoRA": "63.1 ± .2", "LoRA + MoLEx": "64.0 ± .2"},
          "sst2": {"LoRA": "69.3 ± .1", "LoRA + MoLEx": "70.9 ± .2"}}  # fmt: skip
@@ -129,13 +130,15 @@ def main() -> None:
                         help="finished runs (default: train nano/roberta on CoLA)")  # fmt: skip
     parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5],
                         help="of the noise, relative to the embedding (0 to 1.5)")  # fmt: skip
-    parser.add_argument("--noise-seeds", type=int, default=3, help="draws of noise per size (3)")
+    parser.add_argument(
+        "--noise-seeds", type=at_least(1), default=3, help="draws of noise per size (3)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/table4"),
                         help="where the picture goes and, without RUN, its runs")  # fmt: skip
     args = parser.parse_args()
-    if min(args.sizes) < 0 or args.noise_seeds < 1:
-        raise InputError("--sizes cannot be below 0, nor --noise-seeds below 1")
-    device, folders = default_device(), args.runs
+    if min(args.sizes) < 0:
+        raise InputError("--sizes cannot be below 0")
+    device, folders = pick_device(), args.runs
     if not folders:
         folders = [train.run(s, args.out, False, device) for s in train.parse(SMALL)[1]]
     configs, first = {folder: read_run(folder)[0] for folder in folders}, {}

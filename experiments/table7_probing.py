@@ -46,9 +46,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Example, Tokenizer, collate, encode_texts, read_e2e  # noqa: E402
-from eval import Parser, autocast, command_line, default_device, load_run  # noqa: E402
-from model import InputError, Transformer, checkpoint_folder, load, locate  # noqa: E402
+from data import Example, Tokenizer, collate, encode_texts, read_e2e
+from eval import Parser, autocast, command_line, load_run, pick_device
+from model import InputError, Transformer, checkpoint_folder, load, locate
 
 FILES = {  # SentEval's, in the order of Table 7
     "SentLen": "sentence_length", "WC": "word_content", "TreeD": "tree_depth",
@@ -291,7 +291,7 @@ def main() -> None:
         if value is not None and value < least:
             raise InputError(f"{flag} is {value}, but it takes at least {least}")
 
-    device = default_device()
+    device = pick_device()
     if (locate(args.model) / "adapter.safetensors").exists():
         model, tokenizer, _ = load_run(locate(args.model), device)
     else:

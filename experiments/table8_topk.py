@@ -28,9 +28,9 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train  # noqa: E402
-from data import GLUE  # noqa: E402
-from eval import Parser, accuracy, command_line, default_device  # noqa: E402
+import train
+from data import GLUE
+from eval import Parser, accuracy, command_line, pick_device
 
 PAPER = {
     1: {("cola", "matthews"): "64.8 ± .5", ("qqp", "accuracy"): "91.0 ± .0",
@@ -73,7 +73,7 @@ def main() -> None:
             flags = [*([] if args.model else SMALL), *given, "--task", task, "--top-k", str(k),
                      "--seeds", *args.seeds]  # fmt: skip
             for s in train.parse(flags)[1]:
-                folder = train.run(s, args.out / f"top-{k}", False, default_device())
+                folder = train.run(s, args.out / f"top-{k}", False, pick_device())
                 for metric, value in scores(folder, task).items():
                     found[task, metric].append(value)
     columns = [*table[1]]

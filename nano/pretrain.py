@@ -34,10 +34,10 @@ from tokenizers import models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Tokenizer  # noqa: E402
-from eval import command_line  # noqa: E402
-from model import Config, InputError, Transformer, convert, read_config, read_tensors  # noqa: E402
-from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise  # noqa: E402
+from data import Tokenizer
+from eval import command_line
+from model import Config, InputError, Transformer, convert, read_config, read_tensors
+from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise
 
 # Ids 0, 1, ...; text never encodes to them. GPT-2's one stands between documents.
 SPECIAL = {"gpt2": ["<|endoftext|>"], "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}

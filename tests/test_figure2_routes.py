@@ -1,5 +1,5 @@
-"""experiments/figure2_routes.py: the counts against those of eval.py's own passes, thirds by hand,
-the picture's axes.
+"""experiments/figure2_routes.py, and the routes that eval.py leaves for it: against the choices
+that were made, thirds by hand, the picture's axes.
 
 pytest tests/test_figure2_routes.py
 """
@@ -14,20 +14,14 @@ import pytest
 import torch
 from conftest import need_shared
 from safetensors.torch import save_file
+from torch import Tensor
 
 import train
-from data import encode_alpaca, read_alpaca
-from eval import (
-    build,
-    command_line,
-    evaluate_e2e,
-    evaluate_glue,
-    generate,
-    load_run,
-    trained_tensors,
-)
+from data import GLUE
+from eval import build, command_line, evaluate_run, plot_routes, trained_tensors
 from experiments import figure2_routes as figure2
 from model import locate
+from molex import MoLEx
 
 CPU = torch.device("cpu")
 RUNS = {
@@ -52,6 +46,8 @@ def make_run(folder: Path, *flags: str) -> Path:
     (folder / "config.json").write_text(json.dumps(asdict(s)))
     save_file({n: p.detach() for n, p in trained_tensors(model).items()},
               folder / "adapter.safetensors")  # fmt: skip
+    metric = GLUE[s.task].metric if s.task in GLUE else "dev_loss"
+    (folder / "metrics.jsonl").write_text(json.dumps({metric: 0.0, "train_loss": 0.0}) + "\n")
     return folder
 
 
@@ -67,36 +63,55 @@ def glue(tmp_path_factory) -> Path:
     return out
 
 
+def evaluated(folder: Path, monkeypatch) -> Tensor:
+    """routes.json as eval.py writes it, for as much of `folder` as it needs, after a look at it
+    against the choices that came up: those of the prompts in E2E, of whole texts elsewhere."""
+    config, count = json.loads((folder / "config.json").read_text()), [0]
+    made, choose = torch.zeros(8, 8), MoLEx.choose
+
+    def spy(self, t, log_a, best, ctx):
+        new = ctx.cache is None if config["task"] != "e2e" else t not in ctx.cache.route
+        picks = choose(self, t, log_a, best, ctx)
+        if new:
+            each = picks if len(picks) > 1 else picks * len(log_a)
+            count[0] += len(log_a) * (t == self.slots[0])
+            for j in (j for pick in each for j in pick):
+                made[t, j] += 1
+        return picks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoLEx, "choose", spy)
+        patch.setattr("eval.e2e_scores", lambda outputs, references: {})
+        evaluate_run(folder, CPU)
+    shares = torch.tensor(json.loads((folder / "routes.json").read_text()))
+    torch.testing.assert_close(shares, 100 * made / count[0])
+    task, read = figure2.read_routes(folder)
+    assert task == config["task"] and torch.equal(read, shares)
+    assert (folder / "routes.png").read_bytes().startswith(b"\x89PNG")
+    return shares
+
+
 @pytest.mark.parametrize("name", [*RUNS])
-def test_counts_are_those_of_the_evaluation(tmp_path, glue, monkeypatch, name):
+def test_shares_are_those_of_the_choices_made_in_evaluation(tmp_path, glue, monkeypatch, name):
     data = "nano/e2e" if "e2e" in name else str(glue)
     folder = make_run(tmp_path / "run", *RUNS[name], "--data", data)
-    share = figure2.routes(folder, CPU)
-    model, tokenizer, config = load_run(folder, CPU)
-    monkeypatch.setattr("eval.e2e_scores", lambda outputs, references: {})
-    evaluate = evaluate_e2e if "e2e" in name else evaluate_glue
-    evaluate(model, tokenizer, config, folder)
-    counts, slots = model.layers.counts, model.layers.slots
-    many = len((folder / "predictions.tsv").read_text().splitlines()) - 1
-    torch.testing.assert_close(share, 100 * counts / many)
-    expected = torch.zeros(len(counts))
-    expected[slots] = 100.0 * config["molex"]["top_k"]
-    torch.testing.assert_close(share.sum(1), expected)
-    chosen = (counts > 0).sum().item()
-    assert chosen > len(slots) * config["molex"]["top_k"], "batches should not all choose alike"
+    shares = evaluated(folder, monkeypatch)
+    slots, k = (range(1, 7), 2) if "top 2" in name else (range(8), 1)
+    expected = torch.zeros(8)
+    expected[list(slots)] = 100.0 * k
+    torch.testing.assert_close(shares.sum(1), expected)
+    chosen = (shares > 0).sum().item()
+    assert chosen > len(slots) * k, "batches should not all choose alike"
 
 
-def test_counts_of_alpaca_are_those_of_answering_every_dev_prompt(tmp_path):
+def test_alpacas_shares_are_those_of_the_dev_set_without_the_samples(tmp_path, monkeypatch):
     rows = [dict(instruction=f"Name {n} pubs.", input="near " * (n % 9), output="$7, $8; " * 40)
             for n in range(200)]  # fmt: skip
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     flags = ["--model", "nano/gpt2", "--task", "alpaca", "--data", str(tmp_path / "alpaca.json")]
-    folder = make_run(tmp_path / "run", *flags)
-    model, tokenizer, config = load_run(folder, CPU)
-    dev = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), 256)
-    generate(model, tokenizer, [e.prompt for e in dev], config["eval_batch"], max_new_tokens=1)
-    assert model.layers.counts.sum(1).tolist() == [20] * 8
-    torch.testing.assert_close(figure2.routes(folder, CPU), 100 * model.layers.counts / 20)
+    shares = evaluated(make_run(tmp_path / "run", *flags), monkeypatch)
+    torch.testing.assert_close(shares * 20 / 100, (shares * 20 / 100).round())  # 20 examples
+    assert shares.sum(1).tolist() == pytest.approx([100] * 8)
 
 
 def test_thirds_by_hand():
@@ -107,14 +122,13 @@ def test_thirds_by_hand():
 
 
 def test_picture(monkeypatch, tmp_path):
-    """x is the slot, y the layer; thirds lie between layers; a name says which folder it is in."""
+    """x is the slot, y the layer; thirds lie between layers."""
     from matplotlib import pyplot
 
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     share = torch.zeros(8, 8)
     share[6, 2], share[6, 3], share[1, 1] = 75, 25, 100
-    many = {Path(f"some/where/runs{n}/r"): share for n in range(5)}
-    figure2.draw(many, tmp_path / "new" / "routes.png")
+    plot_routes({f"runs{n}/r": share for n in range(5)}, tmp_path / "routes.png")
     panels = [p for p in pyplot.gcf().axes if p.images]
     pyplot.close("all")
     assert [p.get_title() for p in panels] == [f"runs{n}\nr" for n in range(5)]
@@ -125,7 +139,6 @@ def test_picture(monkeypatch, tmp_path):
     lines = [line.get_data() for line in panels[4].lines]
     assert sorted(float(y[0]) for x, y in lines if [*x] == [0, 1]) == [2.5, 5.5]
     assert sorted(float(x[0]) for x, y in lines if [*y] == [0, 1]) == [2.5, 5.5]
-    assert (tmp_path / "new" / "routes.png").exists()
 
 
 def test_small_form(glue, tmp_path, monkeypatch):
@@ -133,15 +146,15 @@ def test_small_form(glue, tmp_path, monkeypatch):
     few = [*figure2.SMALL, "--data", str(glue), "--epochs", "1"]
     monkeypatch.setattr(figure2, "SMALL", few)
     monkeypatch.setattr(figure2, "print", lines.append, raising=False)
-    monkeypatch.setattr(sys, "argv", ["figure2_routes.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["figure2_routes.py", "--out", str(tmp_path / "new")])
     figure2.main()
     rows = [re.split(r"\s{2,}", line) for line in lines]
     rows = {r[0]: r[1:] for r in rows if "/" in r[0]}
-    runs = [f"{tmp_path.name}/nano-roberta-{task}-molex-s0" for task in ("cola", "mrpc")]
+    runs = [f"new/nano-roberta-{task}-molex-s0" for task in ("cola", "mrpc")]
     assert [key for key in rows if "png" not in key] == runs
     for cells in (rows[key] for key in runs):
         assert sum(map(int, cells[:3])) == pytest.approx(100, abs=2)
-    assert (tmp_path / "routes.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "routes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_the_paper_says():
@@ -160,4 +173,4 @@ def test_a_run_without_molex(glue, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line(figure2.main)
     assert stop.value.code == 2
-    assert re.fullmatch("error: .* without MoLEx: .*\n", capsys.readouterr().err)
+    assert re.fullmatch("error: .* no routes.json: .*\n", capsys.readouterr().err)

@@ -13,11 +13,10 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
+import make_e2e
 import pytest
 
 NANO = Path(__file__).resolve().parent.parent / "nano"
-sys.path.insert(0, str(NANO))
-import make_e2e  # noqa: E402
 
 FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
 OTHERS = [a for a in make_e2e.VALUES if a not in ("name", "eatType")]

@@ -15,14 +15,13 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import make_e2e
+import make_glue
 import numpy as np
 import pytest
 from test_nano_e2e import BOOK, PHRASE, read
 
 NANO = Path(__file__).resolve().parent.parent / "nano"
-sys.path.insert(0, str(NANO))
-import make_e2e  # noqa: E402
-import make_glue  # noqa: E402
 
 TASKS, SPLITS = ("CoLA", "MRPC", "STS-B"), ("train", "dev")
 FILES = [f"{task}/{split}.tsv" for task in TASKS for split in SPLITS]

@@ -331,9 +331,9 @@ def test_papers_numbers_stand_beside_ours(run, call, monkeypatch):
     [
         ("--tasks hellaswag hellasmag", "the harness has no task hellasmag"),
         ("--tasks ai2_arc", "the harness has no task ai2_arc"),  # a tag: it has no score of its own
-        ("--limit 0", "--limit is 0"),
-        ("--num-fewshot -1", "--num-fewshot is -1"),
-        ("--batch-size 0", "--batch-size is 0"),
+        ("--limit 0", "--limit: 0 is less than 1"),
+        ("--num-fewshot -1", "--num-fewshot: -1 is less than 0"),
+        ("--batch-size 0", "--batch-size: 0 is less than 1"),
         ("--device nowhere", "--device nowhere cannot be used"),
         ("{tmp} --tasks e2e_choice", "does not predict the next token"),
     ],

@@ -88,8 +88,8 @@ def test_paths_in_plain_loops():
 
 
 def test_what_holds_always(results):
-    assert set(results) <= set(STATED) | set(DROPPED)
-    for row in set(STATED) - {"cor2 title", "cor2 eq3", "cor2 best"} | {"cor2 all paths"}:
+    assert set(results) == set(STATED) | set(DROPPED)
+    for row in set(STATED) - {"cor2 title"}:
         assert results[row] and all(holds(row, v) for v in results[row]), row
 
 
@@ -97,16 +97,12 @@ def test_what_does_not(results):
     fails = {row: sum(not holds(row, v) for v in v_s) / len(v_s) for row, v_s in results.items()}
     for row in ("eq5 no skips", "eq5 bias", "eq5 tanh", "thm1 colinear"):
         assert fails[row] == 1, row
-    sometimes = ["cor2 title", "cor2 eq3", "cor2 best", "cor1 closed", "cor2 gate"]
-    for row in [*sometimes, "thm1 one bad", "thm1 negative"]:
+    for row in ("cor2 title", "cor2 gate", "thm1 one bad", "thm1 negative"):
         assert 0 < fails[row] < 1, row
     # colinear members: the triangle inequality is an equality, and there is no gain at all
     assert max(map(abs, results["thm1 colinear"])) < 1e-12
-    # the weakest path is beaten, the strongest seldom, f_[0:t] is somewhere in between
-    for least, title, most in zip(
-        *(results["cor2" + r] for r in (" best", " title", "")), strict=True
-    ):
-        assert least <= title <= most
+    for title, proved in zip(results["cor2 title"], results["cor2"], strict=True):
+        assert title <= proved  # f_[0:t] is not the weakest path, or it is
 
 
 def test_table(monkeypatch, capsys):
@@ -124,7 +120,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     call = [sys.executable, SCRIPT, "--instances", "0"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: --instances is 0, but it takes at least 1\n"
+    assert done.stderr == "error: argument --instances: 0 is less than 1\n"
     monkeypatch.setattr(sys, "argv", ["theory.py", "--instances", "many"])
     with pytest.raises(SystemExit) as stop:
         command_line(theory.main)

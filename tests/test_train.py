@@ -246,7 +246,7 @@ def test_a_run_leaves_its_files(compared):
               "samples.txt", "scores.json"]  # fmt: skip
     lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
     assert sorted(f.name for f in lora.iterdir()) == common
-    assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.png"])
+    assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.json", "routes.png"])
     assert (molex / "samples.txt").read_text().count("reference:") == 5
     assert len((lora / "predictions.tsv").read_text().splitlines()) == 13
     extra = (
@@ -408,8 +408,10 @@ def test_dev_loss_is_the_mean_over_tokens():
         for e in examples
     )
     tokens = sum(len(e.answer) for e in examples)
-    assert train.dev_loss(model, examples, 2) == pytest.approx(expected / tokens, rel=1e-5)
-    assert model.training
+    for training in (True, False):
+        model.train(training)
+        assert train.dev_loss(model, examples, 2) == pytest.approx(expected / tokens, rel=1e-5)
+        assert model.training == training
 
 
 def test_seeds_give_mean_and_deviation():
