@@ -6,38 +6,25 @@ the first layers (SentLen 91.48 % in layer 0), syntax in the middle (TopConst 59
 layer 11 good at nearly all (BShift 85.25); word content is poor everywhere (WC 18.25 at best).
 
     python experiments/table7_probing.py          # nano/roberta, three small tasks, under a minute
-    python experiments/table7_probing.py --model gpt2 --text DIR --size 2000       # DIR holds *.txt
     python experiments/table7_probing.py --model roberta-base --senteval SentEval/data/probing
+    python experiments/table7_probing.py --model RUN --senteval TASKS     # of table7_tasks.py
 
-The last is Table 7 in full: 120,000 sentences a task, hours on a GPU, 5 GB of memory for states.
---model is also a run folder. Without --senteval three tasks are made of plain text (nano/e2e's
-references if there is no --text), by the definitions in SentEval's data/probing/README.md. A line
-is a paragraph, a sentence ends after . ! or ? and a space. Its tokens are words, with hyphens and
-apostrophes in them, and single signs. It is kept if they are 5 to 28 and the last is . ! or ?, each
-wording once. Half of the sentences are for training, a quarter each to validate and to test.
-
-    SentLen   the number of tokens in six bins, 5-8, 9-12, 13-16, 17-20, 21-25, 26-28
-    WC        which of up to 1,000 words is there, once, and no other of them: words of four letters
-              or more from frequency rank 2,001 on, or from the middle of a smaller vocabulary
-    BShift    SentLen's sentences without double quotes: in every other one a random word, not the
-              first, has changed places with the next one
+The second is Table 7 in full: 120,000 sentences a task, hours on a GPU, 5 GB of memory for states.
+The small form's tasks are made by table7_tasks.py of nano/e2e's sentences.
 
 What is decided here. Row t holds the states after layer t (a decoder's before its final norm); the
 embeddings have no row. In Jawahar et al. (2019), whose setup the paper takes, layer 0 is the first
 layer too, and Table 7 has 12 rows for 12 layers. A sentence is the mean state of its tokens, <s>,
-</s> or the end of text among them. Jawahar et al.'s public code takes the first token alone; that
-is --pool first, and perhaps the paper's way, for a mean keeps more of the words than its WC shows.
+</s> or the end of text among them. (Jawahar et al.'s public code takes the first token alone. So
+did the paper, perhaps: a mean keeps more of the words than its WC shows.)
 As in SentEval the MLP is linear, dropout, sigmoid, linear, under Adam (1e-3, batches of 64), is
 validated every 4 epochs, and stops when that has brought nothing new 6 times. The paper's grid is
 searched, not SentEval's weight decay beside it. Features are standardised, as SentEval's are not:
 the states of a pre-norm model grow from layer to layer and would saturate the sigmoid.
 """
 
-import random
-import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,15 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, encode_texts, read_e2e
-from eval import Parser, autocast, command_line, load_run, pick_device
-from model import InputError, Transformer, checkpoint_folder, load, locate
+from eval import Parser, at_least, autocast, command_line, load_model, pick_device
+from experiments.table7_tasks import FILES, read_senteval, write_tasks
+from model import InputError, Transformer
 
-FILES = {  # SentEval's, in the order of Table 7
-    "SentLen": "sentence_length", "WC": "word_content", "TreeD": "tree_depth",
-    "TopConst": "top_constituents", "BShift": "bigram_shift", "Tense": "past_present",
-    "SubjNum": "subj_number", "ObjNum": "obj_number", "SOMO": "odd_man_out",
-    "CoordInv": "coordination_inversion",
-}  # fmt: skip
 PAPER = """
 91.48  4.10 32.00 48.93 50.00 82.27 77.56 73.81 49.87 57.47
 87.99  0.61 29.75 35.10 54.32 79.74 74.05 71.83 49.87 50.00
@@ -70,123 +52,20 @@ PAPER = """
 66.65  1.15 26.97 43.68 82.59 85.25 80.91 75.95 61.78 61.92
 73.69 18.25 30.56 60.26 85.25 87.55 82.92 79.51 63.52 66.62
 """
-BINS = [range(5, 9), range(9, 13), range(13, 17), range(17, 21), range(21, 26), range(26, 29)]
 GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1, 0.2)]  # app. C.2
-Task = dict[str, list[tuple[str, str]]]  # "tr", "va", "te": rows of label, sentence
-SHARES = {"tr": 1.0, "va": 0.5, "te": 0.5}  # of --size
-
-
-# ------------------------------------------------------------------------------------------- tasks
-
-
-def read_lines(*paths: Path) -> list[str]:
-    """All lines of the files. Raises InputError if one cannot be read."""
-    try:
-        texts = [path.read_text("utf-8").rstrip("\n") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {', '.join(map(str, paths))}: {error}") from None
-    return [line for text in texts for line in text.split("\n")]
-
-
-def read_senteval(folder: Path, task: str, size: int | None) -> Task:
-    """One of SentEval's files, its first `size` training rows and half as many of the others, or
-    all. Raises InputError with file and line."""
-    path, rows = folder / f"{FILES[task]}.txt", {split: [] for split in SHARES}
-    for number, line in enumerate(read_lines(path), 1):
-        split, *fields = line.rstrip("\r").split("\t")
-        if split not in rows or len(fields) < 2:
-            raise InputError(f"{path}, line {number}: not tr, va or te, a label and a sentence")
-        rows[split].append((fields[0], fields[-1]))
-    labels = {split: {label for label, _ in rows[split]} for split in rows}
-    for split in rows:
-        if not labels[split] or labels[split] - labels["tr"]:
-            raise InputError(f"{path}: {split} has no rows, or labels that tr has not")
-    return rows if size is None else {s: rows[s][: int(size * SHARES[s])] for s in rows}
-
-
-def sentences(texts: Iterable[str]) -> list[list[str]]:
-    """The different sentences of the texts, as lists of tokens. See the top of this file."""
-    found, end = {}, r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b[DM]r\.)(?<!\bMrs\.)[\"'”’)]*\s+"
-    for text in texts:
-        for sentence in re.split(end, text):  # not after initials and titles
-            tokens = re.findall(r"\w+(?:[-'’]\w+)*|[^\w\s]", sentence)
-            if 5 <= len(tokens) <= 28 and tokens[-1] in ".!?":
-                found.setdefault(" ".join(tokens).lower(), tokens)
-    return list(found.values())
-
-
-def swaps(tokens: list[str]) -> list[int]:
-    """The places i > 0 where tokens i and i + 1 are two different words; none in a quotation."""
-    if set(tokens) & set('"“”'):
-        return []
-    word = [token[0].isalnum() for token in tokens]
-    pairs = ((i, i + 1) for i in range(1, len(tokens) - 1))
-    return [i for i, j in pairs if word[i] and word[j] and tokens[i].lower() != tokens[j].lower()]
-
-
-def draw(groups: dict[str, list], size: int) -> list[tuple[str, list[str]]]:
-    """Equally many (label, tokens) of each group, `size` together or what the rarest one allows."""
-    n = min([size // max(1, len(groups)), *map(len, groups.values())])
-    return [(label, tokens) for label, group in groups.items() for tokens in group[:n]]
-
-
-def make_tasks(texts: Iterable[str], size: int, most: int) -> dict[str, Task]:
-    """SentLen, WC and BShift from plain text, with `size` training sentences each or as many as the
-    text allows; WC with `most` words, 10 or more training sentences for each."""
-    pool, rng = sentences(texts), random.Random(0)
-    rng.shuffle(pool)
-    half, rest, most = len(pool) // 2, len(pool) * 3 // 4, min(most, size // 10)
-    parts = {"tr": range(half), "va": range(half, rest), "te": range(rest, len(pool))}
-
-    where = defaultdict(list)  # word -> the sentences it is in, as often as it is there
-    for i, tokens in enumerate(pool):
-        for token in tokens:
-            where[token.lower()].append(i)
-    ranked = sorted((w for w in where if w[0].isalnum()), key=lambda w: -len(where[w]))
-    words, hits = [], Counter()  # hits: how many of the chosen words a sentence has
-    for w in ranked[min(2000, len(ranked) // 2) :]:
-        enough = sum(not hits[i] for i in where[w]) >= 2 * size // most
-        if enough and len(words) < most and len(w) >= 4 and w.isalpha():
-            words.append(w)
-            hits.update(where[w])
-
-    tasks: dict[str, Task] = {"SentLen": {}, "WC": {}, "BShift": {}}
-    alone = {
-        s: {w: [pool[i] for i in where[w] if hits[i] == 1 and i in part] for w in words}
-        for s, part in parts.items()
-    }
-    rare = {w for s in parts for w in words if len(alone[s][w]) < size * SHARES[s] // most}
-    for s, part in parts.items():
-        count = int(size * SHARES[s])
-        bins = {str(k): [pool[i] for i in part if len(pool[i]) in b] for k, b in enumerate(BINS)}
-        made = {"SentLen": draw(bins, count), "BShift": []}
-        made["WC"] = draw({w: alone[s][w] for w in words if w not in rare}, count)
-        calm = [tokens for _, tokens in made["SentLen"] if swaps(tokens)]
-        for keep, invert in zip(calm[::2], calm[1::2], strict=False):
-            i = rng.choice(swaps(invert))
-            moved = [*invert[:i], invert[i + 1], invert[i], *invert[i + 2 :]]
-            made["BShift"] += [("O", keep), ("I", moved)]
-        for name, rows in made.items():
-            tasks[name][s] = [(label, " ".join(tokens)) for label, tokens in rows]
-    return tasks
-
-
-# ------------------------------------------------------------------------------------------ probes
 
 
 @torch.no_grad()
-def features(model: Transformer, tokenizer: Tokenizer, texts: list[str], pool: str) -> Tensor:
-    """The state of each text after each layer, (S, T, D) on the CPU: the mean over its real tokens
-    or, with pool "first", that of the first. All layers are read in one pass."""
+def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """The state of each text after each layer, (S, T, D) on the CPU: the mean over its real tokens.
+    All layers are read in one pass."""
     device, limit = model.embed.weight.device, model.config.max_positions
     ids = [encode_texts(tokenizer, (text,), limit) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out, layers = torch.empty(len(ids), model.config.n_layer, model.config.d_model), model.layers
 
     def store(t: int, z: Tensor) -> None:  # `rows` and `mask` are those of the batch at hand
-        if pool == "mean":
-            z = (z * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
-        out[rows, t] = z[:, 0].float().cpu()
+        out[rows, t] = ((z * mask[..., None]).sum(1) / mask.sum(1)[:, None]).float().cpu()
 
     def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
         t = kwargs["slot"]  # what enters slot t is the state after slot t - 1, in MoLEx as well
@@ -256,11 +135,10 @@ def probe(x: Sequence[Tensor], y: Sequence[Tensor], linear: bool) -> float:
     return float(test[best.argmax()])
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
-def print_table(title: str, table: dict[str, list[float]], chance: list[float], ansi: bool) -> None:
-    """Per cent, rows are layers, columns tasks; the two best of each column are bold."""
+def print_table(title: str, table: dict[str, list[float]], chance: list[float]) -> None:
+    """Per cent, rows are layers, columns tasks; the two best of each column are bold, on a terminal
+    as in Markdown."""
+    ansi = sys.stdout.isatty()
     print(f"\n{title}\n\n| Layer  | " + " | ".join(f"{name:>9}" for name in table) + " |")
     print("| ------ | " + " | ".join("-" * 8 + ":" for _ in table) + " |")
     for t in range(len(next(iter(table.values())))):
@@ -277,63 +155,48 @@ def print_table(title: str, table: dict[str, list[float]], chance: list[float], 
 def main() -> None:
     parser = Parser(description="Table 7: what a small classifier finds in each layer's states")
     parser.add_argument("--model", default="nano/roberta", help="folder, hub name or run folder")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--senteval", type=Path, metavar="DIR", help="SentEval's data/probing")
-    source.add_argument("--text", type=Path, metavar="DIR", help="*.txt to make three tasks of")
+    parser.add_argument("--senteval", type=Path, metavar="DIR", help="SentEval's data/probing, or"
+                        " what table7_tasks.py made (default: of nano/e2e)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=FILES, help="only these")
-    parser.add_argument("--size", type=int, help="training sentences, and half as many to validate"
-                        " and to test (default 1000 from text, all of SentEval's)")  # fmt: skip
-    parser.add_argument("--words", type=int, default=1000, help="of WC made from text, at most")
-    parser.add_argument("--pool", choices=["mean", "first"], default="mean", help="tokens to read")
-    parser.add_argument("--markdown", action="store_true", help="bold as **x** on a terminal too")
+    parser.add_argument("--size", type=at_least(20), help="training sentences, and half as many"
+                        " to validate and to test (all; without --senteval 1000)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/table7"),
+                        help="without --senteval: where the tasks go")  # fmt: skip
     args = parser.parse_args()
-    for flag, value, least in (("--size", args.size, 20), ("--words", args.words, 2)):
-        if value is not None and value < least:
-            raise InputError(f"{flag} is {value}, but it takes at least {least}")
+    if not args.senteval:
+        texts = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
+        write_tasks(args.out, texts, args.size or 1000, 1000)
+    folder = args.senteval or args.out
+    present = [name for name, file in FILES.items() if (folder / f"{file}.txt").exists()]
+    if not present:
+        raise InputError(f"{folder} holds none of SentEval's files, such as {FILES['WC']}.txt")
+    if not args.tasks and len(present) < len(FILES):
+        print(f"{folder} holds {', '.join(present)} alone")
+    names = [name for name in FILES if name in (args.tasks or present)]
+    tasks = {name: read_senteval(folder, name, args.size) for name in names}
 
     device = pick_device()
-    if (locate(args.model) / "adapter.safetensors").exists():
-        model, tokenizer, _ = load_run(locate(args.model), device)
-    else:
-        model = load(args.model, head="none").to(device)
-        tokenizer = Tokenizer.from_folder(checkpoint_folder(args.model), model.config)
-    if args.pool == "first" and model.config.family != "roberta":
-        raise InputError("--pool first is for RoBERTa; a decoder's first token has read no other")
-
-    if args.senteval:
-        names = [name for name in FILES if name in (args.tasks or FILES)]
-        tasks = {name: read_senteval(args.senteval, name, args.size) for name in names}
-    else:
-        if args.text:
-            texts = read_lines(*sorted(args.text.glob("*.txt")) or [args.text / "*.txt"])
-        else:
-            texts = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
-        tasks = make_tasks(texts, args.size or 1000, args.words)
-        if missing := set(args.tasks or tasks) - set(tasks):
-            raise InputError(f"{missing.pop()} needs --senteval DIR; text gives {', '.join(tasks)}")
-        tasks = {name: task for name, task in tasks.items() if name in (args.tasks or tasks)}
-
+    model, tokenizer = load_model(args.model, device, head="none")
     table, chance = {}, []
     for name, task in tasks.items():
         rows, sizes = sum(task.values(), []), [len(rows) for rows in task.values()]
         numbers = {label: i for i, label in enumerate(sorted({label for label, _ in rows}))}
         amount = f"{name}: {sizes} sentences to train, validate, test; {len(numbers)} classes"
         if not all(sizes) or len(numbers) < 2:
-            raise InputError(f"{amount}, which is too little; give more text or a larger --size")
+            raise InputError(f"{amount}, which is too little; give a larger --size")
         print(amount)
         y = torch.tensor([numbers[label] for label, _ in rows], device=device).split(sizes)
         chance.append(100 * y[2].bincount().max().item() / len(y[2]))
-        states = features(model, tokenizer, [text for _, text in rows], args.pool)
+        states = features(model, tokenizer, [text for _, text in rows])
         table[name] = [
             100 * probe(states[:, t].to(device).split(sizes), y, linear=name == "WC")
             for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)
         ]
-    ansi = sys.stdout.isatty() and not args.markdown
-    print_table(f"{args.model}, accuracy in %", table, chance, ansi)
+    print_table(f"{args.model}, accuracy in %", table, chance)
     if Path(args.model).name == "roberta-base":
         paper = zip(*(map(float, line.split()) for line in PAPER.split("\n")[1:-1]), strict=True)
         columns = {name: [*c] for name, c in zip(FILES, paper, strict=True) if name in table}
-        print_table("Table 7, RoBERTa-base on SentEval", columns, [], ansi)
+        print_table("Table 7, RoBERTa-base on SentEval", columns, [])
 
 
 if __name__ == "__main__":

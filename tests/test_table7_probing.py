@@ -1,5 +1,5 @@
-"""experiments/table7_probing.py: states against transformers' own, tasks against SentEval's rules,
-classifiers on data made for them, the table against the paper's.
+"""experiments/table7_probing.py and table7_tasks.py: tasks against SentEval's rules, states against
+transformers' own, classifiers on data made for them, the table against the paper's.
 
 pytest tests/test_table7_probing.py
 """
@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,7 +22,9 @@ from safetensors.torch import save_file
 from data import Tokenizer, read_e2e
 from eval import build, command_line, trained_tensors, write_text
 from experiments import table7_probing as probing
-from experiments.table7_probing import FILES, GRID, Probes, features, make_tasks, probe, sentences
+from experiments import table7_tasks as making
+from experiments.table7_probing import GRID, Probes, features, probe
+from experiments.table7_tasks import FILES, make_tasks, read_senteval, sentences, swaps
 from model import checkpoint_folder, load
 from molex import MoLExConfig, upcycle
 
@@ -31,8 +34,8 @@ BOUNDS = {"0": (5, 8), "1": (9, 12), "2": (13, 16), "3": (17, 20), "4": (21, 25)
 
 def run(monkeypatch, *flags: str) -> tuple[dict[str, list[str]], str]:
     """What main prints: the first table, name -> cells from layer 0 to chance, and all of it."""
-    monkeypatch.setattr(sys, "argv", ["table7_probing.py", *flags])
-    with redirect_stdout(io.StringIO()) as out:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as out:
+        monkeypatch.setattr(sys, "argv", ["table7_probing.py", "--out", folder, *flags])
         probing.main()
     return parse(out.getvalue()), out.getvalue()
 
@@ -61,8 +64,8 @@ def test_sentences_by_hand():
 
 
 def test_words_that_may_change_places():
-    assert probing.swaps("We are , as you know , all all right .".split()) == [3, 4, 8]
-    assert probing.swaps('We say " yes indeed " now .'.split()) == []
+    assert swaps("We are , as you know , all all right .".split()) == [3, 4, 8]
+    assert swaps('We say " yes indeed " now .'.split()) == []
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +138,13 @@ def test_sentevals_own_file(tmp_path):
     lines = [f"{s}\t{label}\tmore\tHe , {i} ." for i, (s, label) in enumerate(rows)]
     path = tmp_path / "past_present.txt"
     write_text(path, "\n".join(lines) + "\n")
-    task = probing.read_senteval(tmp_path, "Tense", None)
+    task = read_senteval(tmp_path, "Tense", None)
     assert task == {
         "tr": [("PRES", "He , 0 ."), ("PAST", "He , 1 .")],
         "va": [("PAST", "He , 2 .")],
         "te": [("PRES", "He , 3 ."), ("PAST", "He , 4 .")],
     }
-    short = probing.read_senteval(tmp_path, "Tense", 2)
+    short = read_senteval(tmp_path, "Tense", 2)
     assert {s: len(r) for s, r in short.items()} == {"tr": 2, "va": 1, "te": 1}
 
 
@@ -169,17 +172,15 @@ def test_states_are_those_of_transformers(checkpoint, name):
         layer.register_forward_hook(
             lambda m, args, out: seen.append(out if torch.is_tensor(out) else out[0])
         )
-    for pool in ("mean", "first") if name == "roberta" else ("mean",):
-        found = features(ours, Letters(name), texts, pool)
-        assert found.shape == (5, 3, 32)
-        for text, states in zip(texts, found, strict=True):
-            seen.clear()
-            ids = [0] * (name == "roberta") + Letters(name).encode(text) + [2]
-            with torch.no_grad():
-                theirs(torch.tensor([ids]))
-            z = torch.stack(seen).squeeze(1)  # (T, N, D)
-            expected = z.mean(1) if pool == "mean" else z[:, 0]
-            torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-4)
+    found = features(ours, Letters(name), texts)
+    assert found.shape == (5, 3, 32)
+    for text, states in zip(texts, found, strict=True):
+        seen.clear()
+        ids = [0] * (name == "roberta") + Letters(name).encode(text) + [2]
+        with torch.no_grad():
+            theirs(torch.tensor([ids]))
+        z = torch.stack(seen).squeeze(1)  # (T, N, D)
+        torch.testing.assert_close(states, z.mean(1), atol=1e-5, rtol=1e-4)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in ours.modules())
 
 
@@ -190,11 +191,11 @@ def test_states_of_molex_are_the_mixed_ones(monkeypatch):
     tokenizer = Tokenizer.from_folder(checkpoint_folder("nano/gpt2"), model.config)
     record = lambda t, z, ctx: seen.append((t, mix(t, z, ctx))) or seen[-1][1]  # noqa: E731
     monkeypatch.setattr(model.layers, "mix", record)
-    found = features(model, tokenizer, ["one text alone"], "mean")
+    found = features(model, tokenizer, ["one text alone"])
     for t, z in seen:
         torch.testing.assert_close(found[:, t], z.mean(1))
     assert [t for t, _ in seen] == [1, 2, 5, 7]
-    differs = (found != features(plain, tokenizer, ["one text alone"], "mean")).any(-1)[0]
+    differs = (found != features(plain, tokenizer, ["one text alone"])).any(-1)[0]
     assert differs.tolist() == [False] + [True] * 7  # layer 0 does not mix
 
 
@@ -203,10 +204,10 @@ def test_states_of_molex_when_each_text_has_its_own_route():
     model = upcycle(load("nano/gpt2"), MoLExConfig(route="sequence", alpha=0.5))
     torch.nn.init.normal_(model.layers.gates[0].weight)
     tokenizer = Tokenizer.from_folder(checkpoint_folder("nano/gpt2"), model.config)
-    found = features(model, tokenizer, TEXTS[::300], "mean")
+    found = features(model, tokenizer, TEXTS[::300])
     routes = (model.layers.counts > 0).sum(1)
     assert routes.max() > 1  # in some slot not all texts chose the same
-    alone = [features(model, tokenizer, [text], "mean") for text in TEXTS[::300]]
+    alone = [features(model, tokenizer, [text]) for text in TEXTS[::300]]
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
@@ -282,9 +283,10 @@ def test_table_is_the_papers():
     rows = [cells.replace("<b>", "**").replace("</b>", "**").split("\t") for _, cells in lines]
     numbers = [line.split() for line in probing.PAPER.strip().split("\n")]
     table = {n: [float(row[i]) for row in numbers] for i, n in enumerate(FILES)}
-    for ansi in (False, True):
+    for terminal in (False, True):
         with redirect_stdout(io.StringIO()) as out:
-            probing.print_table("", table, [], ansi)
+            out.isatty = lambda terminal=terminal: terminal
+            probing.print_table("", table, [])
         text = re.sub("\033\\[1m *([\\d.]+)\033\\[0m", r"**\1**", out.getvalue())
         printed = parse(text)
         assert [[column[t] for column in printed.values()] for t in range(12)] == rows
@@ -307,7 +309,7 @@ def test_small_form(monkeypatch):
 
 def test_roberta_base_has_the_papers_numbers_below(tmp_path, monkeypatch):
     (tmp_path / "roberta-base").symlink_to(checkpoint_folder("nano/roberta").resolve())
-    flags = ["--tasks", "BShift", "SentLen", "--size", "24", "--pool", "first"]
+    flags = ["--tasks", "BShift", "SentLen", "--size", "24"]
     table, text = run(monkeypatch, "--model", str(tmp_path / "roberta-base"), *flags)
     below = parse(text[text.index("Table 7, ") :])
     assert [*table] == [*below] == ["SentLen", "BShift"]
@@ -329,43 +331,58 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
     assert tables[0] == run(monkeypatch, "--model", "nano/gpt2", *flags)[0] != tables[1]
 
 
-def test_sentevals_files_give_what_the_same_rows_in_memory_give(tmp_path, monkeypatch):
-    made = make_tasks(TEXTS, 40, 1000)
+def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").mkdir()
+    for n in range(2):
+        write_text(tmp_path / "text" / f"{n}.txt", "\n".join(TEXTS[n::2]) + "\n")
+    out = tmp_path / "new" / "tasks"
+    flags = ["--text", str(tmp_path / "text"), "--out", str(out), "--size", "40", "--words", "3"]
+    monkeypatch.setattr(sys, "argv", ["table7_tasks.py", *flags])
+    making.main()
+    made = make_tasks(TEXTS[::2] + TEXTS[1::2], 40, 3)
+    assert sorted(f.stem for f in out.iterdir()) == sorted(FILES[name] for name in made)
     for name, task in made.items():
-        rows = [(split, *row) for split in ("tr", "va", "te") for row in task[split]]
-        path = tmp_path / f"{FILES[name]}.txt"
-        write_text(path, "".join("\t".join(row) + "\n" for row in rows))
-    flags = ("--model", "nano/gpt2", "--tasks", "BShift", "WC")
-    table, _ = run(monkeypatch, *flags, "--senteval", str(tmp_path))
-    assert [*table] == ["WC", "BShift"]  # the order of Table 7
-    assert table == run(monkeypatch, *flags, "--size", "40")[0]
-    # the first 20 rows to train have two of the four words, those to test have the two others
+        assert read_senteval(out, name, None) == task
+    assert len({label for label, _ in made["WC"]["tr"]}) == 3
+
+    flags = ("--model", "nano/gpt2", "--senteval", str(out))
+    table, text = run(monkeypatch, *flags)
+    assert [*table] == ["SentLen", "WC", "BShift"]
+    assert f"{out} holds SentLen, WC, BShift alone" in text
+    # the first 20 rows to train have two of the three words, those to test have two others
     rows = [("tr", *row) for row in made["WC"]["tr"]]
     rows += [(split, *row) for split in ("va", "te") for row in made["WC"][split][::-1]]
-    write_text(tmp_path / "word_content.txt", "".join("\t".join(row) + "\n" for row in rows))
-    table, text = run(monkeypatch, *flags[:2], "--senteval", str(tmp_path), "--tasks", "WC",
-                      "--size", "20")  # fmt: skip
-    assert "WC: [20, 10, 10]" in text and "; 4 classes" in text
-    assert len(table["WC"]) == 9 and table["WC"][-1] == "50.00"
+    write_text(out / "word_content.txt", "".join("\t".join(row) + "\n" for row in rows))
+    table, text = run(monkeypatch, *flags, "--tasks", "WC", "--size", "20")
+    assert "WC: [20, 10, 10]" in text and "; 3 classes" in text
+    assert len(table["WC"]) == 9 and [*table] == ["WC"]
+
+
+def failure(capsys, main) -> str:
+    """The one line that main ends with."""
+    with pytest.raises(SystemExit) as stop:
+        command_line(main)
+    error = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: ")
+    return error[0]
 
 
 @pytest.mark.parametrize(
     ("flags", "files", "message"),
     [
-        (["--size", "3"], {}, "--size is 3, but it takes at least 20"),
-        (["--words", "few"], {}, "invalid int value: 'few'"),
-        (["--tasks", "TreeD"], {}, "TreeD needs --senteval DIR"),
-        (["--model", "nano/gpt2", "--pool", "first"], {}, "a decoder's first token"),
-        (["--text", "."], {}, "No such file"),
-        (["--text", "."], {"a.txt": b"\xff\xfe"}, "cannot read a.txt"),
-        (["--text", "."], {"a.txt": b"One sentence is not enough."}, "which is too little"),
-        (["--senteval", ".", "--tasks", "WC"], {}, "word_content.txt"),
-        (["--senteval", ".", "--tasks", "WC"], {"word_content.txt": b"tr\ta\tx\ndev\ta\tx\n"},
+        (["--size", "3"], {}, "--size: 3 is less than 20"),
+        (["--tasks", "TreeD"], {}, "cannot read runs/table7/tree_depth.txt"),
+        (["--senteval", "."], {}, "holds none of SentEval's files"),
+        (["--senteval", ".", "--tasks", "BShift"], {"word_content.txt": b"tr\ta\tx\n"},
+         "cannot read bigram_shift.txt"),
+        (["--senteval", "."], {"word_content.txt": b"\xff\xfe"}, "cannot read word_content.txt"),
+        (["--senteval", "."], {"word_content.txt": b"tr\ta\tx\ndev\ta\tx\n"},
          "word_content.txt, line 2: not tr, va or te"),
-        (["--senteval", ".", "--tasks", "WC"], {"word_content.txt": b"tr\ta\tx\nva\ta\tx\n"},
-         "te has no rows"),
-        (["--senteval", ".", "--tasks", "WC"],
-         {"word_content.txt": b"tr\ta\tx\nva\tb\tx\nte\ta\tx\n"}, "labels that tr has not"),
+        (["--senteval", "."], {"word_content.txt": b"tr\ta\tx\nva\ta\tx\n"}, "te has no rows"),
+        (["--senteval", "."], {"word_content.txt": b"tr\ta\tx\nva\tb\tx\nte\ta\tx\n"},
+         "labels that tr has not"),
+        (["--senteval", "."], {"word_content.txt": b"tr\ta\tx\nva\ta\tx\nte\ta\tx\n"},
+         "1 classes, which is too little"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, monkeypatch, capsys, flags, files, message):
@@ -373,15 +390,30 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, files, message):
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["table7_probing.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        command_line(probing.main)
-    error = capsys.readouterr().err.strip().split("\n")
-    assert stop.value.code == 2 and len(error) == 1
-    assert error[0].startswith("error: ") and message in error[0]
+    assert message in failure(capsys, probing.main)
+
+
+@pytest.mark.parametrize(
+    ("flags", "files", "message"),
+    [
+        ([], {}, "No such file"),
+        ([], {"a.txt": b"\xff\xfe"}, "cannot read a.txt"),
+        ([], {"a.txt": b"One sentence is not enough."}, "too little text to make SentLen of"),
+        (["--words", "few"], {}, "invalid integer value: 'few'"),
+    ],
+)
+def test_bad_text(tmp_path, monkeypatch, capsys, flags, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["table7_tasks.py", "--text", ".", "--out", "new", *flags])
+    assert message in failure(capsys, making.main)
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_input_from_the_command_line(tmp_path):
-    call = [sys.executable, probing.__file__, "--model", "nowhere/at/all", "--size", "20"]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: model 'nowhere/at/all'") and done.stderr.count("\n") == 1
+    for script in (probing, making):  # from any folder
+        call = [sys.executable, script.__file__, "--size", "1"]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == "error: argument --size: 1 is less than 20\n"
