@@ -17,8 +17,7 @@ numbers differ, in the official files as on the hub: yes is class 0 of QNLI and 
 and QQP. Taken as bare numbers a perfect transfer from MRPC to RTE would score 0%.
 
 Beside the accuracy stands that of one answer, the more frequent, for every pair: what a model that
-has understood nothing can reach. Only what exceeds it is transfer. The paper does not show it. It
-is about 63% on QQP (no duplicates), 68% on MRPC (paraphrases), 53% on RTE and 51% on QNLI.
+has understood nothing can reach. Only what exceeds it is transfer. The paper does not show it.
 
 Where the paper is silent:
 

@@ -193,10 +193,9 @@ def main() -> None:
             for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)
         ]
     print_table(f"{args.model}, accuracy in %", table, chance)
-    if Path(args.model).name == "roberta-base":
-        paper = zip(*(map(float, line.split()) for line in PAPER.split("\n")[1:-1]), strict=True)
-        columns = {name: [*c] for name, c in zip(FILES, paper, strict=True) if name in table}
-        print_table("Table 7, RoBERTa-base on SentEval", columns, [])
+    paper = zip(*(map(float, line.split()) for line in PAPER.split("\n")[1:-1]), strict=True)
+    columns = {name: [*c] for name, c in zip(FILES, paper, strict=True) if name in table}
+    print_table("Table 7 of the paper: RoBERTa-base, SentEval's own files", columns, [])
 
 
 if __name__ == "__main__":
