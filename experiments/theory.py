@@ -35,7 +35,7 @@ f_[0:t] is the weakest path. (Definition 1 hides this: "f is eps'-robust, g eps-
 is true of any robust f and g = f.) Three more things. Every path, the identity and each layer alone
 among them, must by itself get x right. f_[0:t] = u_t o ... o u_0 is not the sequential model of
 Eq. 3, (I + A_t) ... (I + A_0). And a gate that reads z may choose otherwise within the ball.
-Of 5,000 instances R(z) > R(f_[0:t]) in 67%, and in 7% a search finds a flip within eps once the
+Of 5,000 instances R(z) > R(f_[0:t]) in 66%, and in 7% a search finds a flip within eps once the
 gate reads z.
 """
 

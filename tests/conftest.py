@@ -24,6 +24,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import train
+from eval import command_line
+
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 97
 
@@ -78,6 +81,45 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def failure(capsys) -> Callable[[Callable[[], None]], str]:
+    """failure(main): the one line with which a command ends that a user got wrong."""
+
+    def run(main: Callable[[], None]) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            command_line(main)
+        error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
+        assert stopped.value.code == 2 and error.startswith("error: ") and "\n" not in error
+        return error
+
+    return run
+
+
+@pytest.fixture
+def train_with_kills(monkeypatch) -> Callable[..., None]:
+    """train_with_kills(s, folder): a run that is saved after every step and killed three times,
+    after 2 steps, 1 and 4."""
+
+    def run(s: train.Settings, folder: Path) -> None:
+        monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+        step = train.train_step
+        for survive in (2, 1, 4):
+
+            def dies(*args, left=[survive]):  # noqa: B006
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return step(*args)
+
+            monkeypatch.setattr(train, "train_step", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train.train(s, folder, torch.device("cpu"))
+        monkeypatch.setattr(train, "train_step", step)
+        train.train(s, folder, torch.device("cpu"))
+
+    return run
 
 
 @pytest.fixture(scope="session")

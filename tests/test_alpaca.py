@@ -478,14 +478,11 @@ def test_what_is_trained_in_llama_3(hub):
     assert trainable() == 884_752 == 851_968 + 16 * 2048 + 16
 
 
-def test_a_gated_repository_is_one_line_about_the_token(monkeypatch, tmp_path, capsys):
+def test_a_gated_repository_is_one_line_about_the_token(monkeypatch, tmp_path, failure):
     gated = GatedRepoError("401 Client Error.\n\nCannot access gated repo", response=mock.Mock())
     monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=gated))
-    with pytest.raises(SystemExit) as stopped:
-        flags = f"--model {LLAMA} --task alpaca --out {tmp_path / 'runs'}"
-        evaluation.command_line(lambda: run_main(flags))
-    error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    flags = f"--model {LLAMA} --task alpaca --out {tmp_path / 'runs'}"
+    error = failure(lambda: run_main(flags))
     for part in (f"'{LLAMA}' is gated", f"https://huggingface.co/{LLAMA}", "access token",
                  "HF_TOKEN", "hf auth login"):  # fmt: skip
         assert part in error
@@ -596,15 +593,11 @@ def test_a_dev_set_of_prompts_too_long_to_answer_is_still_scored(tmp_path, token
         ("--model {tmp}", "holds no config.json"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(file, tmp_path, capsys, flags, message):
+def test_bad_input_is_one_line_and_exit_2(file, tmp_path, failure, flags, message):
     write(tmp_path / "one.json", instructions(1))
     flags, message = (text.format(tmp=tmp_path) for text in (flags, message))
-    with pytest.raises(SystemExit) as stopped:
-        command = f"{FLAGS} --data {file} --out {tmp_path / 'runs'} {flags}"
-        evaluation.command_line(lambda: run_main(command))
-    error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
-    assert stopped.value.code == 2
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    command = f"{FLAGS} --data {file} --out {tmp_path / 'runs'} {flags}"
+    assert message in failure(lambda: run_main(command))
     assert not (tmp_path / "runs").exists()
 
 

@@ -670,27 +670,13 @@ def test_the_first_of_the_best_epochs_is_kept(roberta, glue, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("task, molex", [("mrpc", True), ("stsb", False)])
-def test_a_killed_run_resumes_bit_for_bit(roberta, glue, tmp_path, monkeypatch, task, molex):
-    """Killed three times, within an epoch and at its end, with dropout."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)  # after every step
+def test_a_killed_run_resumes_bit_for_bit(roberta, glue, tmp_path, train_with_kills, task, molex):
+    """Killed within an epoch and at its end, with dropout; 5 steps an epoch."""
     s = settings(roberta, task, f"--data {glue} --batch-size 4 --max-steps 13", molex)
     assert s.dropout == 0.1
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(s, whole, CPU)
-    step = train.train_step
-    for survive in (2, 1, 4):  # 5 steps an epoch
-
-        def dies(*args, left=[survive]):  # noqa: B006
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return step(*args)
-
-        monkeypatch.setattr(train, "train_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(s, killed, CPU)
-    monkeypatch.setattr(train, "train_step", step)
-    train.train(s, killed, CPU)
+    train_with_kills(s, killed)
     assert same(*(load_file(f / "adapter.safetensors") for f in (whole, killed)))
     states = [torch.load(f / "last.pt", weights_only=True) for f in (whole, killed)]
     assert same(*(state["tensors"] for state in states))
@@ -955,7 +941,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--data {broken}", "RTE/dev.tsv, line 2: label 'perhaps' is not one of"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(roberta, glue, mnli, tmp_path, capsys, flags, message):
+def test_bad_input_is_one_line_and_exit_2(roberta, glue, mnli, tmp_path, failure, flags, message):
     loralib_file(tmp_path / "wide.bin", r=4)
     loralib_file(tmp_path / "deep.bin", layers=4)
     torch.save({"classifier.dense.weight": torch.ones(2)}, tmp_path / "none.bin")
@@ -973,12 +959,8 @@ def test_bad_input_is_one_line_and_exit_2(roberta, glue, mnli, tmp_path, capsys,
         broken=tmp_path / "broken", other=tmp_path / "other",
     )  # fmt: skip
     out = tmp_path / "runs"
-    with pytest.raises(SystemExit) as stopped:
-        command = f"--model {roberta} --task rte --data {glue} --max-steps 1 --out {out} {flags}"
-        evaluation.command_line(lambda: run_main(command))
-    error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
-    assert stopped.value.code == 2
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    command = f"--model {roberta} --task rte --data {glue} --max-steps 1 --out {out} {flags}"
+    assert message in failure(lambda: run_main(command))
     assert not out.exists()
 
 

@@ -16,7 +16,7 @@ from conftest import need_shared
 from torch import Tensor
 
 from data import Example
-from eval import accuracy, command_line, load_run
+from eval import accuracy, load_run
 from experiments import table4_robustness as table4
 from model import locate
 
@@ -147,13 +147,10 @@ def test_paper_numbers():
         ({}, ["--noise-seeds", "0"], r"argument --noise-seeds: 0 is less than 1"),
     ],
 )
-def test_bad_input(small, tmp_path, monkeypatch, capsys, changes, flags, message):
+def test_bad_input(small, tmp_path, monkeypatch, failure, changes, flags, message):
     good = runs(small)[0]
     other = Path(shutil.copytree(good, tmp_path / "other"))
     config = json.loads((good / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | changes))
     monkeypatch.setattr(sys, "argv", ["table4_robustness.py", str(good), str(other), *flags])
-    with pytest.raises(SystemExit) as stop:
-        command_line(table4.main)
-    assert stop.value.code == 2
-    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+    assert re.fullmatch(f"error: {message}", failure(table4.main))

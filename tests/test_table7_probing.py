@@ -20,7 +20,7 @@ from conftest import need_shared, tiny
 from safetensors.torch import save_file
 
 from data import Tokenizer, read_e2e
-from eval import build, command_line, trained_tensors, write_text
+from eval import build, trained_tensors, write_text
 from experiments import table7_probing as probing
 from experiments import table7_tasks as making
 from experiments.table7_probing import GRID, Probes, features, probe
@@ -329,7 +329,7 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
     assert tables[0] == run(monkeypatch, "--model", "nano/gpt2", *flags)[0] != tables[1]
 
 
-def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch, capsys):
+def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for n in range(2):
         write_text(tmp_path / "text" / f"{n}.txt", "\n".join(TEXTS[n::2]) + "\n")
@@ -356,15 +356,6 @@ def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch, 
     assert len(table["WC"]) == 9 and [*table] == ["WC"]
 
 
-def failure(capsys, main) -> str:
-    """The one line that main ends with."""
-    with pytest.raises(SystemExit) as stop:
-        command_line(main)
-    error = capsys.readouterr().err.strip().split("\n")
-    assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: ")
-    return error[0]
-
-
 @pytest.mark.parametrize(
     ("flags", "files", "message"),
     [
@@ -383,12 +374,12 @@ def failure(capsys, main) -> str:
          "1 classes, which is too little"),
     ],
 )  # fmt: skip
-def test_bad_input(tmp_path, monkeypatch, capsys, flags, files, message):
+def test_bad_input(tmp_path, monkeypatch, failure, flags, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["table7_probing.py", *flags])
-    assert message in failure(capsys, probing.main)
+    assert message in failure(probing.main)
 
 
 @pytest.mark.parametrize(
@@ -400,12 +391,12 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, files, message):
         (["--words", "few"], {}, "invalid integer value: 'few'"),
     ],
 )
-def test_bad_text(tmp_path, monkeypatch, capsys, flags, files, message):
+def test_bad_text(tmp_path, monkeypatch, failure, flags, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["table7_tasks.py", "--text", ".", "--out", "new", *flags])
-    assert message in failure(capsys, making.main)
+    assert message in failure(making.main)
     assert not (tmp_path / "new").exists()
 
 

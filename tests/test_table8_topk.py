@@ -13,7 +13,7 @@ import torch
 from conftest import need_shared
 
 from data import encode_glue, read_glue
-from eval import classify, command_line, load_run
+from eval import classify, load_run
 from experiments import table8_topk as table8
 from model import locate
 
@@ -106,10 +106,7 @@ def test_paper_numbers():
     (["--epochs", "0"], r"--epochs cannot be 0"),
     (["--model", "nowhere/at-all"], r"model 'nowhere/at-all' is neither .*"),
 ])  # fmt: skip
-def test_bad_input(monkeypatch, capsys, tmp_path, flags, message):
+def test_bad_input(monkeypatch, failure, tmp_path, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["table8_topk.py", "--out", str(tmp_path), *flags])
-    with pytest.raises(SystemExit) as stop:
-        command_line(table8.main)
-    assert stop.value.code == 2
-    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+    assert re.fullmatch(f"error: {message}", failure(table8.main))

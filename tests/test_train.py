@@ -306,27 +306,14 @@ def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch,
 
 
 @pytest.mark.parametrize("molex", [True, False])
-def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, molex):
-    """Killed three times, within an epoch and at its end, with dropout: no step lost or doubled."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)  # after every step
+def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kills, molex):
+    """Killed within an epoch and at its end, with dropout; 5 steps an epoch: none is lost or
+    doubled."""
     monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:40])
     s = settings("--max-steps 13 --learn-alpha", molex)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(s, whole, CPU)
-    step = train.train_step
-    for survive in (2, 1, 4):  # 5 steps an epoch
-
-        def dies(*args, left=[survive]):  # noqa: B006
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return step(*args)
-
-        monkeypatch.setattr(train, "train_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(s, killed, CPU)
-    monkeypatch.setattr(train, "train_step", step)
-    train.train(s, killed, CPU)
+    train_with_kills(s, killed)
     one, other = (load_file(f / "adapter.safetensors") for f in (whole, killed))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     one, other = (torch.load(f / "last.pt", weights_only=True) for f in (whole, killed))
@@ -487,28 +474,21 @@ def bad_csv(tmp_path, text):
         ("csv:mr,ref\nname(A),An A.\n", "trainset.csv, line 2: malformed MR"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tmp_path, flags, message):
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, failure, tmp_path, flags, message):
     if flags.startswith("csv:"):
         flags = bad_csv(tmp_path, flags.removeprefix("csv:"))
     out = tmp_path / "runs"
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.command_line(lambda: run_main(monkeypatch, flags, f"--out {out}"))
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert message in failure(lambda: run_main(monkeypatch, flags, f"--out {out}"))
     assert not out.exists()
 
 
-def test_broken_weights_stop_a_run_before_it_starts(monkeypatch, capsys, tmp_path):
+def test_broken_weights_stop_a_run_before_it_starts(monkeypatch, failure, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     for f in (ROOT / "nano/gpt2").iterdir():
         (model / f.name).write_bytes(f.read_bytes()[: 9999 if "safetensors" in f.name else None])
-    with pytest.raises(SystemExit) as stopped:
-        flags = f"--model {model} --data nano/e2e --out {tmp_path / 'runs'}"
-        evaluation.command_line(lambda: run_main(monkeypatch, flags))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "cannot be read" in error and "Traceback" not in error
+    flags = f"--model {model} --data nano/e2e --out {tmp_path / 'runs'}"
+    assert "cannot be read" in failure(lambda: run_main(monkeypatch, flags))
     assert not (tmp_path / "runs").exists()
 
 
