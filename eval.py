@@ -415,8 +415,9 @@ def glue_scores(
 
 
 def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
-    """Summed loss over all targets: cross-entropy of the answers' tokens (logits are computed for
-    those alone) or of the labels; squared error of scores."""
+    """What training lowers, and the dev set of E2E and Alpaca is judged by: the loss summed over all
+    targets. Cross-entropy of the answers' tokens (logits are computed for those alone) or of the
+    labels; squared error of scores."""
     device = model.embed.weight.device
     batch = collate(examples).to(device)
     with autocast(device):
@@ -790,7 +791,7 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     from matplotlib import pyplot
 
     wide = min(4, len(runs))
-    high, inches = -(-len(runs) // wide), 1 + 0.25 * max(map(len, runs.values()))
+    high, inches = -(-len(runs) // wide), 1 + 0.2 * max(map(len, runs.values()))
     figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
                                    figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
     for panel in axes.flat[len(runs) :]:
