@@ -415,9 +415,8 @@ def glue_scores(
 
 
 def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
-    """What training lowers, and the dev set of E2E and Alpaca is judged by: the loss summed over all
-    targets. Cross-entropy of the answers' tokens (logits are computed for those alone) or of the
-    labels; squared error of scores."""
+    """The loss that training lowers, summed over all targets: cross-entropy of the answers' tokens
+    (logits are computed for those alone) or of the labels; squared error of scores."""
     device = model.embed.weight.device
     batch = collate(examples).to(device)
     with autocast(device):
