@@ -157,8 +157,8 @@ def main() -> None:
         scores = results.setdefault(config["task"], {}).setdefault(method, defaultdict(list))
         for size, found in robustness(folder, sorted(args.sizes), args.noise_seeds, device).items():
             scores[size] += found
-    for task, methods in results.items():
-        print_table(task, methods)
+    for task in dict.fromkeys([*results, *PAPER]):
+        print_table(task, results.get(task) or {method: {} for method in PAPER[task]})
     plot(results, args.out / "robustness.png")
     print(f"\nthe same as curves: {args.out / 'robustness.png'}")
 
