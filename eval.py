@@ -656,10 +656,11 @@ def generate(
 def load_model(
     name: str | Path, device: torch.device, head: str = "lm"
 ) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a finished run's folder, or pretrained: of a checkpoint folder or the
-    hub. Raises InputError if there is none."""
-    if (locate(name) / "adapter.safetensors").exists():
-        return load_run(locate(name), device)[:2]
+    """Model and tokenizer of a run's best epoch or, from a checkpoint folder or the hub, pretrained.
+    Raises InputError if there is none."""
+    folder = locate(name)
+    if any((folder / file).exists() for file in ("adapter.safetensors", "last.pt")):
+        return load_run(folder, device)[:2]
     model = load(name, head=head).to(device)
     return model, Tokenizer.from_folder(checkpoint_folder(name), model.config)
 

@@ -5,6 +5,7 @@ They train nano/gpt2 on nano/e2e for a few steps.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ import eval as evaluation
 import train
 from data import Example, collate, encode_pairs, read_e2e
 from eval import trained_tensors
-from model import InputError
+from model import InputError, Layers
 from molex import MoLExConfig
 from train import Settings, main, make_optimizer, parse, prepare, train_step
 
@@ -290,6 +291,22 @@ def test_predictions_score_the_same_from_the_file(compared, monkeypatch, capsys,
     scores = json.loads((folder / "scores.json").read_text())
     assert again == {n: pytest.approx(scores[n], abs=1e-12) for n in again} and len(again) == 5
     assert len(mrs) == 12
+
+
+def test_load_model_takes_a_run_or_a_pretrained_model_but_no_unfinished_run(compared, tmp_path):
+    folder = compared[0] / "runs/nano-gpt2-e2e-molex-s0"
+    trained, tokenizer = evaluation.load_model(folder, CPU)
+    pretrained, other = evaluation.load_model("nano/gpt2", CPU)
+    learned = load_file(folder / "adapter.safetensors")
+    assert len(learned) == 34 and not trained.training
+    for name, p in trained_tensors(trained).items():
+        assert torch.equal(p, learned[name]), name
+    assert isinstance(pretrained.layers, Layers)  # neither LoRA nor MoLEx
+    assert tokenizer.encode("A pub.") == other.encode("A pub.")
+    for name in ("config.json", "last.pt"):  # killed in its first epoch
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(InputError, match="not a run with a finished epoch"):
+        evaluation.load_model(tmp_path, CPU)
 
 
 def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch, capsys):
