@@ -122,6 +122,19 @@ def leading_ids(post_processor: dict) -> list[int]:
     return ids
 
 
+def from_hub(what: str, data: str, *args: str, **kwargs: str):
+    """`datasets.load_dataset`; an InputError says what is not to be had, and what --data takes."""
+    from datasets import load_dataset  # slow to import
+
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
+        raise InputError(
+            f"{what} cannot be fetched ({reason(error)}); get the official files by other means and"
+            f" pass --data {data}"
+        ) from error
+
+
 # ---------------------------------------------------------------------------------------------- E2E
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
@@ -146,15 +159,8 @@ def read_e2e(folder: Path | None, split: str) -> list[tuple[str, str]]:
     """(MR, reference) pairs of one split ("train", "dev", "test") from the official CSV files in
     `folder`, or from the challenge's repository if None. Raises InputError with file and line."""
     if folder is None:
-        from datasets import load_dataset  # slow to import
-
-        try:
-            table = load_dataset("csv", data_files=E2E_HUB + E2E_FILES[split], split="train")
-        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
-            raise InputError(
-                f"the E2E data cannot be fetched ({reason(error)}); get the CSV files"
-                " by other means and pass --data DIR"
-            ) from error
+        url = E2E_HUB + E2E_FILES[split]
+        table = from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         return list(zip(table["mr"], table["ref"], strict=True))
     path = locate(folder) / E2E_FILES[split]
     if not path.is_file():
@@ -241,15 +247,8 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
     """
     spec = GLUE[task]
     if folder is None:
-        from datasets import load_dataset  # slow to import
-
-        try:
-            table = load_dataset(GLUE_HUB, task, split=split.replace("dev", "validation"))
-        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
-            raise InputError(
-                f"{GLUE_HUB} cannot be fetched ({reason(error)}); get the official TSV files by"
-                " other means and pass --data DIR"
-            ) from error
+        split = split.replace("dev", "validation")
+        table = from_hub(GLUE_HUB, "DIR", GLUE_HUB, task, split=split)
         columns = [name for name in table.column_names if name not in ("label", "idx")]
         return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
                         strict=True))  # fmt: skip
@@ -305,15 +304,7 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
     first 200 examples, as in Meta's llama-recipes, or a tenth of a smaller file. Raises InputError
     with the number of the example."""
     if file is None:
-        from datasets import load_dataset  # slow to import
-
-        try:
-            rows = load_dataset(ALPACA_HUB, split="train").to_list()
-        except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
-            raise InputError(
-                f"{ALPACA_HUB} cannot be fetched ({reason(error)}); get its JSON file by other"
-                " means and pass --data FILE"
-            ) from error
+        rows = from_hub(ALPACA_HUB, "FILE", ALPACA_HUB, split="train").to_list()
     else:
         text, rows = _read_text(locate(file)), []
         whole = text.lstrip()[0] == "["  # one list, or an object on each line

@@ -656,8 +656,8 @@ def generate(
 def load_model(
     name: str | Path, device: torch.device, head: str = "lm"
 ) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's best epoch or, from a checkpoint folder or the hub, pretrained.
-    Raises InputError if there is none."""
+    """Model and tokenizer of a run's best epoch, or pretrained ones from a checkpoint folder or the
+    hub. Raises InputError if there are none."""
     folder = locate(name)
     if any((folder / file).exists() for file in ("adapter.safetensors", "last.pt")):
         return load_run(folder, device)[:2]
