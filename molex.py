@@ -221,7 +221,8 @@ class MoLEx(nn.Module):
             score = mean if self.config.vote == "mean" else list(zip(vote, mean, strict=True))
             order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
-            self.counts[t, picks[-1]] += len(log_a) // len(tally)
+        chosen = torch.tensor(picks).flatten().bincount(minlength=T)
+        self.counts[t] += chosen * (len(log_a) // len(tally))
         if ctx.cache is not None:
             ctx.cache.route[t] = picks
         return picks
