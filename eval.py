@@ -791,7 +791,7 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     from matplotlib import pyplot
 
     wide = min(4, len(runs))
-    high, inches = -(-len(runs) // wide), 1 + 0.2 * max(map(len, runs.values()))
+    high, inches = -(-len(runs) // wide), 2 + 0.1 * max(map(len, runs.values()))
     figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
                                    figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
     for panel in axes.flat[len(runs) :]:
