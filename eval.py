@@ -861,7 +861,7 @@ def main() -> None:
              "accuracy_mismatched", "matthews", "pearson", "train_ppl", "dev_ppl")  # fmt: skip
     for name in shown:
         if name.lower() in scores:
-            print(f"{name:8}{scores[name.lower()]:.4f}")
+            print(f"{name:20}{scores[name.lower()]:8.4f}")
     if args.json:
         print(json.dumps(scores))
 

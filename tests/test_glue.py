@@ -615,14 +615,19 @@ def test_scores_are_those_of_the_best_epoch(mnli, glue, molex):
     assert dev[1][0][0][0] in samples
 
 
-def test_evaluating_again_gives_the_same(mnli, tmp_path):
+def test_evaluating_again_gives_the_same(mnli, tmp_path, monkeypatch, capsys):
     """By eval.py, in batches of another process: to the last bit."""
     folder = tmp_path / "run"
     shutil.copytree(mnli[True], folder)
     before = (folder / "scores.json").read_text()
     (folder / "scores.json").unlink()
-    evaluation.evaluate_run(folder, CPU)
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
+    evaluation.main()
     assert (folder / "scores.json").read_text() == before and (folder / "routes.png").exists()
+    scores = json.loads(before)
+    names = ["accuracy", "accuracy_matched", "accuracy_mismatched"]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table == [[name, f"{scores[name]:.4f}"] for name in names]
 
 
 def test_training_and_evaluation_see_the_same_batches(roberta, glue, tmp_path, monkeypatch):
