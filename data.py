@@ -122,7 +122,7 @@ def leading_ids(post_processor: dict) -> list[int]:
     return ids
 
 
-def from_hub(what: str, data: str, *args: str, **kwargs: str):
+def _from_hub(what: str, data: str, *args: str, **kwargs: str):
     """`datasets.load_dataset`; an InputError says what is not to be had, and what --data takes."""
     from datasets import load_dataset  # slow to import
 
@@ -160,7 +160,7 @@ def read_e2e(folder: Path | None, split: str) -> list[tuple[str, str]]:
     `folder`, or from the challenge's repository if None. Raises InputError with file and line."""
     if folder is None:
         url = E2E_HUB + E2E_FILES[split]
-        table = from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
+        table = _from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         return list(zip(table["mr"], table["ref"], strict=True))
     path = locate(folder) / E2E_FILES[split]
     if not path.is_file():
@@ -248,7 +248,7 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
     spec = GLUE[task]
     if folder is None:
         split = split.replace("dev", "validation")
-        table = from_hub(GLUE_HUB, "DIR", GLUE_HUB, task, split=split)
+        table = _from_hub(GLUE_HUB, "DIR", GLUE_HUB, task, split=split)
         columns = [name for name in table.column_names if name not in ("label", "idx")]
         return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
                         strict=True))  # fmt: skip
@@ -304,7 +304,7 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
     first 200 examples, as in Meta's llama-recipes, or a tenth of a smaller file. Raises InputError
     with the number of the example."""
     if file is None:
-        rows = from_hub(ALPACA_HUB, "FILE", ALPACA_HUB, split="train").to_list()
+        rows = _from_hub(ALPACA_HUB, "FILE", ALPACA_HUB, split="train").to_list()
     else:
         text, rows = _read_text(locate(file)), []
         whole = text.lstrip()[0] == "["  # one list, or an object on each line

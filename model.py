@@ -140,7 +140,9 @@ class Cache:
         self.route: dict[int, list[list[int]]] = {}
         self.real: Tensor | None = None
 
-    def append(self, key: tuple[int, int], k: Tensor, v: Tensor, rows: Tensor | None):
+    def append(
+        self, key: tuple[int, int], k: Tensor, v: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
         if key in self.kv:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.kv[key], (k, v), strict=True))

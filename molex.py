@@ -236,7 +236,9 @@ class MoLEx(nn.Module):
         prob (appendix B, read as in the Switch Transformer): a_nj itself. The task teaches the
             gate, and the second update is the smaller the less sure the gate is.
         """
-        index = torch.tensor(picks, device=log_a.device)[:, None].expand(*log_a.shape[:2], -1)
+        # not blocking: where the cache holds the route, nothing else would make the CPU wait
+        index = torch.tensor(picks).to(log_a.device, non_blocking=True)
+        index = index[:, None].expand(*log_a.shape[:2], -1)
         kept = log_a.gather(-1, index)  # (B, N, K)
         if self.config.gate_weight == "prob":
             w = kept.exp()
@@ -257,7 +259,7 @@ class MoLEx(nn.Module):
             if len(rows) == len(picks):
                 out.append((j, None, self.blocks[j](z, ctx, slot=t)))
             else:
-                rows = torch.tensor(rows, device=z.device)
+                rows = torch.tensor(rows).to(z.device, non_blocking=True)
                 out.append((j, rows, self.blocks[j](z[rows], ctx.take(rows), slot=t)))
         return out
 
