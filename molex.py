@@ -274,8 +274,7 @@ def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transforme
 
 
 def gate_parameters(model: Transformer) -> list[nn.Parameter]:
-    """The gate's parameters and a learned alpha, empty for a model without MoLEx. They have their
-    own learning rate and weight decay (Table 5's text: 0.1 and 0.01)."""
+    """The gate's parameters and a learned alpha, empty for a model without MoLEx."""
     if not isinstance(model.layers, MoLEx):
         return []
     return [p for n, p in model.layers.named_parameters() if not n.startswith("blocks.")]

@@ -22,6 +22,7 @@ import os
 import shutil
 import statistics
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Settings:
     accumulate: int = 1
     lr: float = 2e-4
     weight_decay: float = 0.01
-    warmup: float = 500
+    warmup: float = 500.0
     clip: float = 0.0
     adam_eps: float = 1e-6
     label_smoothing: float = 0.1
@@ -432,19 +433,23 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
 def make_optimizer(
     model: Transformer, s: Settings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with a group for the gate; linear warm-up, then linear decay to zero at `steps`. Biases
-    and norms do not decay."""
-    gate = gate_parameters(model)
-    others = [p for p in trained_tensors(model).values() if all(p is not g for g in gate)]
-    groups = [
-        dict(params=[p for p in others if p.dim() > 1], lr=s.lr, weight_decay=s.weight_decay),
-        dict(params=[p for p in others if p.dim() < 2], lr=s.lr, weight_decay=0.0),
-        dict(params=gate, lr=s.gate_lr, weight_decay=s.gate_weight_decay),
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], eps=s.adam_eps)
+    """AdamW; linear warm-up from zero over the first steps, then linear decay to zero at `steps`, as
+    transformers and the LoRA code have it. Biases and norms do not decay; nor does a learned alpha,
+    whose decay would pull it towards 1/2 (appendix B.1 speaks of the gates)."""
+    groups = defaultdict(list)  # (learning rate, weight decay) -> parameters
+    for name, p in trained_tensors(model).items():
+        if name.startswith(("layers.gates.", "layers.alpha")):
+            decay = 0.0 if name.startswith("layers.alpha") else s.gate_weight_decay
+            groups[s.gate_lr, decay].append(p)
+        else:
+            groups[s.lr, s.weight_decay if p.dim() > 1 else 0.0].append(p)
+    optimizer = torch.optim.AdamW(
+        [dict(params=ps, lr=lr, weight_decay=decay) for (lr, decay), ps in groups.items()],
+        eps=s.adam_eps,
+    )
     warm = s.warmup if s.warmup >= 1 else math.ceil(s.warmup * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / max(1, warm), (steps - t) / max(1, steps - warm))
+        optimizer, lambda t: t / warm if t < warm else (steps - t) / max(1, steps - warm)
     )
     return optimizer, schedule
 

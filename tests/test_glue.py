@@ -721,15 +721,16 @@ def test_what_is_trained(roberta, glue, tune, molex):
     assert len(loras(model)) == 6 * (tune == "lora")
     assert len(chosen - new) == {"full": 53, "bitfit": 25, "lora": 12}[tune]
     before = {n: p.detach().clone() for n, p in named.items()}
-    optimizer, _ = train.make_optimizer(model, s, 10)
-    for _ in range(2):  # a LoRA's A is still at the first, as its B is zero
+    optimizer, schedule = train.make_optimizer(model, s, 10)
+    for _ in range(3):  # the first at rate 0; at the second A is still, as B is zero
         train.train_step(model, optimizer, some_examples(s, tokenizer), s)
+        schedule.step()
     still = {n for n, p in named.items() if torch.equal(p, before[n])}
     assert not still - {n for n in named if n not in chosen or n.endswith("attn.k.bias")}
     assert {n for n in named if n not in chosen} <= still
-    groups = [(g["weight_decay"], g["lr"], len(g["params"])) for g in optimizer.param_groups]
-    gate = [(0.01, 0.1, 3)] * molex
-    assert sum(g[2] for g in groups) == len(chosen) and groups[-1:] == gate or not molex
+    groups = [(g["weight_decay"], g["initial_lr"], len(g["params"])) for g in optimizer.param_groups]
+    gate = {(0.01, 0.1, 2), (0.0, 0.1, 1)} if molex else set()  # W and b; alpha, which stays
+    assert sum(g[2] for g in groups) == len(chosen) and gate == {g for g in groups if g[1] == 0.1}
 
 
 def test_no_weight_decay_on_biases_and_norms(roberta, glue):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import get_linear_schedule_with_warmup
 
 import eval as evaluation
 import train
@@ -155,7 +156,7 @@ def test_logits_only_where_there_is_a_target(monkeypatch):
 def test_micro_batches_add_up_to_the_batch():
     after = []
     for accumulate in (1, 3):
-        s = settings(f"--lora-dropout 0 --accumulate {accumulate}", molex=False)
+        s = settings(f"--warmup 0 --lora-dropout 0 --accumulate {accumulate}", molex=False)
         model, tokenizer = prepare(s, CPU)
         optimizer, _ = make_optimizer(model, s, 10)
         for _ in range(3):
@@ -169,26 +170,25 @@ def test_gate_has_its_own_parameter_group():
     s = settings("--learn-alpha --lr 0.003 --gate-lr 0.2 --gate-weight-decay 0.03")
     model, _ = prepare(s, CPU)
     optimizer, _ = make_optimizer(model, s, 100)
-    lora, gate = optimizer.param_groups
-    assert (lora["initial_lr"], lora["weight_decay"]) == (0.003, 0.01)
-    assert (gate["initial_lr"], gate["weight_decay"]) == (0.2, 0.03)
+    groups = {(g["initial_lr"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
+    lora, gate, alpha = groups[0.003, 0.01], groups[0.2, 0.03], groups[0.2, 0.0]
     T, D = model.config.n_layer, model.config.d_model
-    assert sum(p.numel() for p in gate["params"]) == T * D + T + 1
-    assert sum(p.numel() for p in lora["params"]) == T * 2 * 2 * D * s.lora_r
+    assert sum(p.numel() for p in gate) == T * D + T
+    assert [p is model.layers.alpha_logit for p in alpha] == [True]  # decay would pull it to 1/2
+    assert sum(p.numel() for p in lora) == T * 2 * 2 * D * s.lora_r
 
 
-def test_learning_rate_rises_and_falls_linearly():
-    s = settings("--warmup 4 --lr 1.0", molex=False)
+@pytest.mark.parametrize("warmup, steps", [(4, 12), (0, 5), (0.06, 40), (1, 1), (500, 20)])
+def test_the_learning_rate_is_transformers_at_every_step(warmup, steps):
+    s = settings(f"--warmup {warmup} --lr 1.0", molex=False)
     model, _ = prepare(s, CPU)
-    optimizer, schedule = make_optimizer(model, s, 12)
-    rates = []
-    for _ in range(12):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx(
-        [0.25, 0.5, 0.75, 1, 1, 7 / 8, 6 / 8, 5 / 8, 0.5, 3 / 8, 0.25, 1 / 8]
-    )
+    optimizer, schedule = make_optimizer(model, s, steps)
+    other = torch.optim.AdamW(model.layers.parameters(), lr=1.0)
+    warm = math.ceil(warmup * steps) if warmup < 1 else warmup  # as its Trainer does
+    theirs = get_linear_schedule_with_warmup(other, warm, steps)
+    for _ in range(steps):
+        assert schedule.get_last_lr()[0] == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step(), other.step(), schedule.step(), theirs.step()
 
 
 def test_lora_starts_the_same_with_and_without_molex():
