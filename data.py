@@ -138,6 +138,10 @@ def _from_hub(what: str, data: str, *args: str, **kwargs: str):
 # ---------------------------------------------------------------------------------------------- E2E
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+# The copy with which the LoRA paper trained and scored, in its repository's examples/NLG/data/e2e:
+# tokenized ("family - friendly"), a prompt and a reference on each line. BLEU and NIST of the
+# paper's row belong to this text.
+E2E_TOKENIZED = {"train": "train.txt", "dev": "valid.txt", "test": "test.txt"}
 E2E_HUB = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 # The names that Li & Liang (2021), and after them the LoRA paper, use in the prompt.
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -145,7 +149,10 @@ E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family
 
 def e2e_prompt(mr: str) -> str:
     """A meaning representation as text: "name[Blue Spice], eatType[pub]" becomes
-    "name : Blue Spice | Type : pub". Raises InputError if it is malformed."""
+    "name : Blue Spice | Type : pub"; what has that form already, in the tokenized text, stays.
+    Raises InputError if it has neither form."""
+    if re.fullmatch(r"[^][|:]+ : [^|]*( \| [^][|:]+ : [^|]*)*", mr):
+        return mr
     pair = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"
     if not re.fullmatch(f"{pair}(,{pair})*", mr):
         raise InputError(f"malformed MR {mr!r}; write it as name[Blue Spice], eatType[pub]")
@@ -155,30 +162,42 @@ def e2e_prompt(mr: str) -> str:
     )
 
 
-def read_e2e(folder: Path | None, split: str) -> list[tuple[str, str]]:
+def is_tokenized(folder: str | Path | None) -> bool:
+    """Whether `read_e2e` finds the LoRA paper's text in `folder`. Official files go before it."""
+    if folder is None or (locate(folder) / E2E_FILES["train"]).exists():
+        return False
+    return (locate(folder) / E2E_TOKENIZED["train"]).exists()
+
+
+def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
     """(MR, reference) pairs of one split ("train", "dev", "test") from the official CSV files in
-    `folder`, or from the challenge's repository if None. Raises InputError with file and line."""
+    `folder`, from the LoRA paper's text files there, or from the challenge's repository if None.
+    Raises InputError with file and line."""
     if folder is None:
         url = E2E_HUB + E2E_FILES[split]
         table = _from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         return list(zip(table["mr"], table["ref"], strict=True))
-    path = locate(folder) / E2E_FILES[split]
+    path = locate(folder) / (E2E_TOKENIZED if is_tokenized(folder) else E2E_FILES)[split]
     if not path.is_file():
-        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())}")
-    reader = csv.DictReader(line + "\n" for line in _read_lines(path))
-    absent = {"mr", "ref"} - set(reader.fieldnames or ())
-    if absent:
-        raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
-    pairs = []
-    for row in reader:
+        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())},"
+                         f" or {', '.join(E2E_TOKENIZED.values())} of the LoRA code")  # fmt: skip
+    pairs, lines = [], _read_lines(path)
+    if is_tokenized(folder):
+        rows = (dict(zip(("mr", "ref", None), line.split("||"), strict=False)) for line in lines)
+    else:
+        rows = csv.DictReader(line + "\n" for line in lines)
+        if absent := {"mr", "ref"} - set(rows.fieldnames or ()):
+            raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+    for number, row in enumerate(rows, start=1):
         try:
             if None in row:
                 raise InputError("more values than columns; quote values that hold a comma")
-            if not row["ref"] or not row["ref"].strip():
+            if not (row.get("ref") or "").strip():
                 raise InputError("the reference is empty")
             e2e_prompt(row["mr"] or "")
         except InputError as error:
-            raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+            number = getattr(rows, "line_num", number)  # a quoted value may go over several
+            raise InputError(f"{path}, line {number}: {error}") from None
         pairs.append((row["mr"], row["ref"]))
     if not pairs:
         raise InputError(f"{path} holds no examples")

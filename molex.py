@@ -191,11 +191,12 @@ class MoLEx(nn.Module):
 
     def balance(self, log_a: Tensor, best: Tensor, real: Tensor) -> Tensor:
         """Load-balance loss of one slot, T sum_j f_j P_j over real tokens: f_j is the share of
-        tokens whose best layer is j, P_j the mean affinity. 1 where all layers fare alike."""
+        tokens whose best layer is j, P_j its mean share of the affinity (a sigmoid's does not add
+        up to 1). 1 where all layers fare alike."""
         T = log_a.shape[-1]
         f = sum_over_ranks((F.one_hot(best, T) * real[..., None]).sum((0, 1)).to(log_a.dtype))
         tokens = f.sum()
-        P = (log_a.exp() * real[..., None]).sum((0, 1)) / tokens
+        P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
         return T * (f / tokens * P).sum() / len(self.slots)
 
     def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
@@ -271,10 +272,3 @@ def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transforme
     molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
     model.layers = molex.to(like.device)
     return model.train(model.training)
-
-
-def gate_parameters(model: Transformer) -> list[nn.Parameter]:
-    """The gate's parameters and a learned alpha, empty for a model without MoLEx."""
-    if not isinstance(model.layers, MoLEx):
-        return []
-    return [p for n, p in model.layers.named_parameters() if not n.startswith("blocks.")]

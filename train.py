@@ -22,8 +22,9 @@ import os
 import shutil
 import statistics
 import time
+import tomllib
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from data import (
     encode_glue,
     encode_pairs,
     glue_file,
+    is_tokenized,
     read_alpaca,
     read_e2e,
     read_glue,
@@ -68,7 +70,7 @@ from eval import (
 )
 from lora import load_loralib
 from model import InputError, Transformer, checkpoint_folder, read_config
-from molex import MoLExConfig, gate_parameters
+from molex import MoLExConfig
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -84,10 +86,13 @@ class Settings:
     seed: int
     molex: MoLExConfig | None  # None: the same without MoLEx
     init: str | None = None  # a run, or a .bin file, to start from
+    shape: str = ""  # the model of MODELS that has this one's shape
+    differs: dict = field(default_factory=dict)  # setting -> [ours, the preset's]
     tune: str = "lora"
     epochs: int = 5
     max_steps: int | None = None
     batch_size: int = 8
+    batch_times: int = 1
     accumulate: int = 1
     lr: float = 2e-4
     weight_decay: float = 0.01
@@ -125,61 +130,42 @@ class Settings:
         return tune + " + MoLEx" * bool(self.molex)
 
 
-# Table 5, a line for each of its columns. "Mixing Weights": Learn is True, Fix is False.
-TABLE_5_ROWS = ("batch_size", "epochs", "lr", "max_length", "gate", "activation", "proj_dim",
-                "individual_gates", "vote", "learn_alpha", "load_balance")  # fmt: skip
-TABLE_5 = {
-    "roberta-base": {
-        "mnli": (16, 30, 5e-4, 512, "cosine", "sigmoid", 416, False, "mode", True, 0.005),
-        "sst2": (16, 60, 5e-4, 512, "cosine", "softmax", 128, False, "mode", True, 0.01),
-        "mrpc": (16, 30, 4e-4, 512, "linear", "softmax", None, False, "mode", True, 0.0),
-        "cola": (32, 80, 4e-4, 512, "linear", "softmax", None, False, "mode", False, 0.01),
-        "qnli": (32, 25, 4e-4, 512, "cosine", "softmax", 96, False, "mean", True, 0.001),
-        "qqp": (16, 25, 5e-4, 512, "cosine", "sigmoid", 384, False, "mode", True, 0.001),
-        "rte": (32, 80, 5e-4, 512, "linear", "softmax", None, True, "mean", False, 0.001),
-        "stsb": (16, 40, 4e-4, 512, "linear", "softmax", None, True, "mean", False, 0.006),
-    },
-    "roberta-large": {
-        "mnli": (4, 10, 3e-4, 128, "cosine", "softmax", 416, False, "mode", False, 0.0001),
-        "sst2": (4, 10, 4e-4, 128, "cosine", "softmax", 64, False, "mode", False, 0.0),
-        "mrpc": (4, 20, 3e-4, 512, "linear", "softmax", None, True, "mode", False, 0.0001),
-        "cola": (4, 20, 2e-4, 128, "linear", "softmax", None, False, "mode", False, 0.01),
-        "qnli": (4, 10, 2e-4, 512, "cosine", "softmax", 256, False, "mean", False, 0.001),
-        "qqp": (4, 20, 3e-4, 512, "cosine", "sigmoid", 384, False, "mode", True, 0.001),
-        "rte": (8, 20, 4e-4, 512, "linear", "softmax", None, True, "mode", False, 0.0),
-        "stsb": (8, 30, 2e-4, 512, "linear", "softmax", None, True, "mode", False, 0.0),
-    },
-}
+PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text("utf-8"))
+# The models whose settings are known, by their shape: family, layers, width.
+MODELS = PAPER["models"] | {"nano/gpt2": ["gpt2", 8, 128], "nano/roberta": ["roberta", 8, 128]}
 # What Table 5 leaves out is as in the public LoRA scripts for GLUE, and transformers' trainer.
 GLUE_COMMON = dict(lora_r=8, lora_dropout=0.0, label_smoothing=0.0, warmup=0.06, weight_decay=0.1,
                    clip=1.0, adam_eps=1e-8)  # fmt: skip
-GLUE_ALPHA = {"roberta-large": 16.0}  # and 8 for the base model
+FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
 # Table 11 says nothing of its settings. These are Liu et al.'s (2019) and Zaken et al.'s (2021).
 TUNE = {"lora": {}, "full": dict(lr=2e-5, epochs=10), "bitfit": dict(lr=1e-3)}
-# Table 12 says nothing of its settings either. Table 14's counts give r; the rest is the default of
-# Meta's llama-recipes, the length Alpaca's own.
+# Table 12 says nothing of its settings either. Table 14's counts give r; learning rate, batch,
+# epochs, decay and the LoRA's dropout are llama-recipes', length and warm-up Alpaca's own.
 ALPACA = dict(lora_r=8, lora_dropout=0.05, lr=1e-4, batch_size=4, epochs=3, weight_decay=0.0,
               warmup=0.03, label_smoothing=0.0, max_length=512, beams=1)  # fmt: skip
 NANO_TASKS = ("cola", "mrpc", "stsb")  # what nano/glue has
 # A small model needs larger steps, and fewer.
 NANO_GLUE = dict(epochs=5, lr=3e-3, lora_alpha=32.0, batch_size=16, eval_batch=50)
 NANO = {
-    ("nano/gpt2", "e2e"): dict(data="nano/e2e", epochs=3, lr=1e-2, warmup=50, eval_batch=70),
+    ("nano/gpt2", "e2e"): dict(data="nano/e2e", epochs=3, lr=1e-2, warmup=50.0, eval_batch=70),
     **{("nano/roberta", task): NANO_GLUE for task in GLUE},
     **{("nano/roberta", task): NANO_GLUE | dict(data="nano/glue") for task in NANO_TASKS},
 }
 
 
-def preset(model: str, task: str) -> dict:
-    """What the paper, or the embedded default, sets for a model and a task. On GLUE, models that
-    Table 5 does not have take RoBERTa-base's column."""
-    if task not in GLUE:
-        return (ALPACA if task == "alpaca" else {}) | NANO.get((model, task), {})
-    name = Path(model).name
-    column = TABLE_5.get(name, TABLE_5["roberta-base"])[task]
-    table = {n: v for n, v in zip(TABLE_5_ROWS, column, strict=True) if v is not None}
-    alpha = GLUE_ALPHA.get(name, 8.0)
-    return table | GLUE_COMMON | dict(lora_alpha=alpha) | NANO.get((model, task), {})
+def preset(shape: str, task: str) -> tuple[dict, str]:
+    """What the paper, or the embedded default, sets for a model of MODELS ("" for any other) and a
+    task, less what `Settings` has; and whose settings these are, if they are another model's."""
+    nano = NANO.get((shape, task), {})
+    if task == "alpaca":
+        return ALPACA, ""  # not from the paper
+    if task == "e2e":
+        return nano, "" if nano or shape == "gpt2-medium" else "Table 6, for GPT-2 medium"
+    column = PAPER["table5"].get(shape, PAPER["table5"]["roberta-base"])
+    place = [*GLUE].index(task)
+    table = {n: row[place] if isinstance(row, list) else row for n, row in column.items()}
+    other = "" if nano or shape in PAPER["table5"] else "Table 5, for RoBERTa-base"
+    return table | GLUE_COMMON | nano, other
 
 
 HELP = {
@@ -187,6 +173,8 @@ HELP = {
     "epochs": "passes over the training set",
     "max_steps": "stop after this many optimizer steps (and decay the learning rate until there)",
     "batch_size": "sequences per optimizer step, over all processes",
+    "batch_times": "so many of these batches make a step; 8 reads Table 5's as that of each of 8"
+    " GPUs, as in the public LoRA scripts (with --accumulate 8 each votes for itself, as there)",
     "accumulate": "micro-batches that a batch is cut into, to save memory; each votes for itself",
     "lr": "learning rate of all but the gate, linear warm-up and decay",
     "weight_decay": "of the same, biases and norms excepted",
@@ -233,6 +221,7 @@ def layer_range(text: str) -> tuple[int, ...]:
 
 OWN = [f.name for f in fields(Settings) if f.name in HELP]
 GATE = [f.name for f in fields(MoLExConfig)]
+DEFAULTS = {f.name: f.default for cls in (Settings, MoLExConfig) for f in fields(cls)}
 
 
 def make_parser() -> Parser:
@@ -250,10 +239,16 @@ def make_parser() -> Parser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
-    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN",
-                        help="finished run of the same model whose LoRA, gate and alpha to start"
-                        " from, or a .bin LoRA of the public LoRA code (made with --lora-alpha 16);"
-                        " with --compare, a run with MoLEx and one without")  # fmt: skip
+    parser.add_argument(
+        "--init-from",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="finished run of the same model to start from: its LoRA, and its gate"
+        " and alpha if they have the same shape; or a .bin LoRA of the public LoRA"
+        " code (made with --lora-alpha 16); with --compare, a run with MoLEx and"
+        " one without. --task glue: MRPC, RTE and STS-B alone, as in Table 9",
+    )
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     for cls, names in ((Settings, OWN), (MoLExConfig, GATE)):
@@ -287,26 +282,32 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     methods = [False] if args.no_molex else [True]
     if args.compare or (args.model is None and not args.no_molex):
         methods = [False, True]
+    shape = next((n for n, known in MODELS.items()
+                  if known == [config.family, config.n_layer, config.d_model]), "")  # fmt: skip
     runs: list[Settings] = []
     for task in tasks:
-        pair = []
+        pair, theirs = [], preset(shape, task)[0]
+        data = args.data or theirs.get("data")
+        if data is not None and task in GLUE:
+            for split in ("train", *GLUE[task].dev):
+                glue_file(data, task, split)  # before the first run begins
+        if task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
+            theirs = theirs | dict(dropout=config.dropout)
+        if task == "e2e":
+            theirs = theirs | dict(layers=tuple(range(min(12, config.n_layer))))
+        starts = args.init_from if args.task != "glue" or task in FROM_MNLI else []
         for mixes in methods:
-            init, inherited = source(args.init_from, model, mixes)
-            tune = TUNE[given.get("tune", inherited.get("tune", "lora"))]
-            chosen = preset(model, task) | tune | inherited | given
-            data = args.data or chosen.get("data")
-            if data is not None and task in GLUE:
-                for split in ("train", *GLUE[task].dev):
-                    glue_file(data, task, split)  # before the first run begins
-            if task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
-                chosen.setdefault("dropout", config.dropout)
-            if task == "e2e":
-                chosen.setdefault("layers", tuple(range(min(12, config.n_layer))))
-            molex = MoLExConfig(**{n: v for n, v in chosen.items() if n in GATE})
+            init, inherited = source(starts, model, mixes)
+            known = OWN + GATE * mixes
+            base = DEFAULTS | theirs | TUNE[given.get("tune", inherited.get("tune", "lora"))]
+            chosen = base | inherited | given
+            molex = MoLExConfig(**{n: chosen[n] for n in GATE})
             molex.check(config.n_layer)
-            rest = {n: v for n, v in chosen.items() if n in OWN}
-            pair.append(Settings(model=model, task=task, data=data, seed=0, init=init,
-                                 molex=molex if mixes else None, **rest))  # fmt: skip
+            pair.append(Settings(
+                model=model, task=task, data=data, seed=0, init=init, shape=shape,
+                molex=molex if mixes else None, **{n: chosen[n] for n in OWN},
+                differs={n: [chosen[n], base[n]] for n in known if chosen[n] != base[n]},
+            ))  # fmt: skip
         runs += [replace(s, seed=seed) for seed in args.seeds for s in pair]
     for name, value in given.items():
         if name in OWN and name != "tune":
@@ -318,8 +319,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
 
 def source(paths: list[str], model: str, molex: bool) -> tuple[str | None, dict]:
     """The one of --init-from's paths that a run with or without MoLEx starts from, and the settings
-    that come with it: the shapes of its LoRA and its gate. A run with MoLEx that finds no other may
-    start from one without, with a new gate."""
+    that come with it: what is trained, and the LoRA's rank and alpha. A run with MoLEx that finds
+    no other may start from one without, with a new gate."""
     fits = {}
     for path in paths:
         config = {} if Path(path).is_file() else read_run(Path(path))[0]
@@ -335,10 +336,7 @@ def source(paths: list[str], model: str, molex: bool) -> tuple[str | None, dict]
     if not molex and False not in fits:
         raise InputError(f"--init-from {paths[0]} has MoLEx; give a run without it as well")
     path, config = fits.get(molex) or fits[False]
-    settings = {n: config[n] for n in ("tune", "lora_r", "lora_alpha") if n in config}
-    if gate := config.get("molex"):
-        settings |= gate | dict(layers=gate["layers"] and tuple(gate["layers"]))
-    return path, settings
+    return path, {n: config[n] for n in ("tune", "lora_r", "lora_alpha") if n in config}
 
 
 # --------------------------------------------------------------------------------- data parallelism
@@ -402,21 +400,25 @@ def train_step(
 
 
 @torch.no_grad()
-def start_from(model: Transformer, path: Path) -> None:
+def start_from(model: Transformer, path: Path) -> str:
     """Take over what a finished run has trained, but for its head (Table 9), or the LoRA of a .bin
-    file. Raises InputError if it does not fit."""
+    file; says what it took. A gate, with its alpha, is taken as a whole or, if the run has none of
+    that shape, stays new. Raises InputError if the rest does not fit."""
     if path.is_file():
-        return load_loralib(model, path)
-    _, theirs = read_run(path)
-    ours, heads, gate = trained_tensors(model), task_head(model), gate_parameters(model)
-    ours = {n: p for n, p in ours.items() if n not in heads}
-    theirs = {n: w for n, w in theirs.items() if n in ours or not n.startswith("head.")}
-    if not any(n.startswith(("layers.gates", "layers.alpha")) for n in theirs):
-        ours = {n: p for n, p in ours.items() if all(p is not g for g in gate)}  # a new gate
-    if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in ours):
-        raise InputError(f"what {path} has trained has not the shapes of this run's LoRA and gate")
-    for name, p in ours.items():
-        p.copy_(theirs[name])
+        load_loralib(model, path)
+        return "its LoRA"
+    ours = {n: p for n, p in trained_tensors(model).items() if n not in task_head(model)}
+    theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
+    shapes = [{n: x.shape for n, x in side.items()} for side in (ours, theirs)]
+    names = ours.keys() | theirs.keys()
+    misfits = {n for n in names if shapes[0].get(n) != shapes[1].get(n)}
+    gate = {n for n in names if n.startswith(("layers.gates.", "layers.alpha"))}
+    new = misfits & gate
+    if misfits - gate:
+        raise InputError(f"what {path} has trained has not the shapes of this run's LoRA")
+    for n in names - gate if new else names:
+        ours[n].copy_(theirs[n])
+    return "all but its head" + " and its gate, for want of one of this shape" * bool(new)
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -424,7 +426,9 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(s.seed)
     model, tokenizer = build(asdict(s), device)
     if s.init:
-        start_from(model, Path(s.init))
+        took = start_from(model, Path(s.init))
+        if world()[0] == 0:
+            print(f"{s.name} starts from {s.init}: {took}")
     cast_frozen(model)
     torch.manual_seed(s.seed + world()[0])  # dropout
     return model.train(), tokenizer
@@ -433,9 +437,9 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
 def make_optimizer(
     model: Transformer, s: Settings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW; linear warm-up from zero over the first steps, then linear decay to zero at `steps`, as
-    transformers and the LoRA code have it. Biases and norms do not decay; nor does a learned alpha,
-    whose decay would pull it towards 1/2 (appendix B.1 speaks of the gates)."""
+    """AdamW; linear warm-up from zero, then linear decay to zero at `steps`, as in transformers and
+    the LoRA code. Biases and norms do not decay; nor does a learned alpha, whose decay would pull
+    it towards 1/2 (appendix B.1 speaks of the gates)."""
     groups = defaultdict(list)  # (learning rate, weight decay) -> parameters
     for name, p in trained_tensors(model).items():
         if name.startswith(("layers.gates.", "layers.alpha")):
@@ -481,7 +485,9 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
     limit = min(s.max_length, model.config.max_positions)
     examples, dev = read_data(s, tokenizer, limit)
     lengths = [len(e) for e in examples]
-    per_epoch = -(-len(examples) // s.batch_size)
+    counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
+    batch_size = s.batch_size * s.batch_times
+    per_epoch = -(-len(examples) // batch_size)
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
     tensors, (rank, _) = trained_tensors(model), world()
@@ -518,7 +524,7 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
     saved = started = time.perf_counter()
     while step < steps:
         epoch, place = divmod(step, per_epoch)
-        batches = shuffled_batches(lengths, s.batch_size, seed=1000 * s.seed + epoch)
+        batches = shuffled_batches(lengths, batch_size, seed=1000 * s.seed + epoch)
         for batch in batches[place : place + steps - step]:
             loss_sum += train_step(model, optimizer, [examples[i] for i in batch], s)
             schedule.step()
@@ -537,7 +543,7 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
             seconds += time.perf_counter() - started
             dev_result = dev_scores(model, dev, s)
             entry = dict(epoch=epoch + 1, step=step, train_loss=train_loss, **dev_result,
-                         seconds_per_step=seconds / step)  # fmt: skip
+                         seconds_per_step=seconds / step, examples=counts)  # fmt: skip
             log.append(entry)
             if entry is best_epoch(log, s.task):
                 best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
@@ -560,7 +566,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     if (folder / "config.json").exists():
         old = json.loads((folder / "config.json").read_text())
         new = json.loads(json.dumps(asdict(s)))  # tuples become lists there
-        if changed := [n for n in new if old.get(n) != new[n]]:
+        if changed := [n for n in new if old.get(n) != new[n] and n != "differs"]:
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
                 " it or --out DIR to keep both"
@@ -594,39 +600,42 @@ ALPACA_ROWS = {
     "train_ppl": ("train perplexity", 1, 3),
     "dev_ppl": ("dev perplexity", 1, 3),
 }
-# Tables 1, 9 (from an MNLI run), 11 (full), 2, 12: (model, data, tune, from a run, MoLEx) -> what
-# the paper has, for GLUE in the order of Table 1 and the average, otherwise in that of the rows.
-PAPER = {
-    ("roberta-base", "glue", "lora", False, False):
-        "87.5 ± .2|95.0 ± .1|88.7 ± .3|62.8 ± 1.0|93.2 ± .2|90.8 ± .0|76.9 ± 1.1|90.8 ± .2|85.7",
-    ("roberta-base", "glue", "lora", False, True):
-        "87.7 ± .2|95.4 ± .2|89.8 ± .2|64.8 ± .5|93.2 ± .2|91.0 ± .0|77.3 ± 1.3|91.0 ± .2|86.3",
-    ("roberta-large", "glue", "lora", False, False):
-        "90.7 ± .1|96.3 ± .2|90.9 ± .4|67.8 ± 1.7|94.8 ± .3|91.5 ± .1|86.5 ± .9|91.9 ± .1|88.8",
-    ("roberta-large", "glue", "lora", False, True):
-        "90.9 ± .1|96.4 ± .2|91.4 ± .7|68.2 ± .2|94.8 ± .0|91.6 ± .1|87.1 ± .9|92.0 ± .2|89.1",
-    ("roberta-base", "glue", "lora", True, False): "||89.7 ± .6||||86.8 ± .2|91.3 ± .1|87.1",
-    ("roberta-base", "glue", "lora", True, True): "||91.1 ± .6||||86.8 ± .2|91.3 ± .0|87.6",
-    ("roberta-base", "glue", "full", False, False): "87.7|95.0|88.7|62.6|92.9|91.8|80.1|90.9|86.2",
-    ("roberta-base", "glue", "full", False, True): "87.8|95.1|89.5|63.3|93.1|91.8|80.9|91.1|86.6",
-    ("gpt2-medium", "e2e", "lora", False, False):
-        "70.0 ± .5|8.77 ± .05|46.8 ± .2|71.6 ± .3|2.52 ± .01",
-    ("gpt2-medium", "e2e", "lora", False, True):
-        "70.7 ± .4|8.87 ± .03|46.5 ± .09|71.8 ± .1|2.52 ± .01",
-    ("Llama-3.2-1B", "alpaca", "lora", False, False): "4.18|4.11",
-    ("Llama-3.2-1B", "alpaca", "lora", False, True): "4.05|4.02",
-}  # fmt: skip
 
 
 def paper(s: Settings) -> dict[tuple[str, str], str]:
     """What the paper reports for runs like this, by task and metric."""
-    data = "glue" if s.task in GLUE else s.task
-    row = PAPER.get((Path(s.model).name, data, s.tune, bool(s.init), bool(s.molex)), "")
-    if data == "glue":
-        keys = [*((task, GLUE[task].metric) for task in GLUE), ("glue", "average")]
-    else:
-        keys = [(s.task, key) for key in (ALPACA_ROWS if s.task == "alpaca" else E2E_ROWS)]
-    return {key: cell for key, cell in zip(keys, row.split("|"), strict=False) if cell}
+    kind = "glue" if s.task in GLUE else s.task
+    rows = PAPER["results"].get(kind, {}).get(s.shape, {})
+    row = rows.get(s.method + " from MNLI" * bool(s.init), [])
+    keys = [(s.task, n) for n in (ALPACA_ROWS if kind == "alpaca" else E2E_ROWS)]
+    if kind == "glue":
+        keys = [(n, task.metric) for n, task in GLUE.items()] + [("glue", "average")]
+    cells = {key: c for key, c in zip(keys, row, strict=False) if c and key[0] in (s.task, "glue")}
+    count = PAPER["trainable"].get(s.shape, {}).get(s.method)
+    return cells | ({(s.task, "trainable"): count} if cells and count else {})
+
+
+def departures(runs: list[Settings], out: Path) -> list[str]:
+    """A line for every setting in which runs that stand beside the paper's numbers are not the
+    paper's."""
+    lines = []
+    for s in runs:
+        name = GLUE[s.task].folder if s.task in GLUE else s.task
+        lines += [f"{name}: {n.replace('_', ' ')} {ours} (paper: {theirs})"
+                  for n, (ours, theirs) in s.differs.items()]  # fmt: skip
+        if s.init:
+            lines.append(f"{name}: starts from {s.init} (paper: the best MNLI run)")
+        scores = json.loads((out / s.name / "scores.json").read_text())
+        for part, count in scores.get("examples", {}).items():
+            official = PAPER["examples"].get(s.task, {}).get(part, count)
+            if count != official:
+                lines.append(f"{name}: {count:,} {part} examples (official data: {official:,})")
+        if s.task == "e2e" and not is_tokenized(s.data):
+            lines.append("e2e: the official text, as people wrote it (paper, probably: the public"
+                         " LoRA code's tokenized train.txt, valid.txt and test.txt)")  # fmt: skip
+    if (seeds := len({s.seed for s in runs})) != 5:
+        lines.append(f"seeds: {seeds} (paper: 5)")
+    return [*dict.fromkeys(lines)]
 
 
 def spread(values: list[float], factor: float, decimals: int) -> str:
@@ -639,7 +648,9 @@ def spread(values: list[float], factor: float, decimals: int) -> str:
 def report(runs: list[Settings], out: Path) -> None:
     """One table of all runs: a column for each method and, if there are two, their difference, then
     what the paper has. For BLEU also the p-value of a paired bootstrap for every seed."""
-    tasks, columns = [*dict.fromkeys(s.task for s in runs)], {s.method: paper(s) for s in runs}
+    tasks, columns = [*dict.fromkeys(s.task for s in runs)], {s.method: {} for s in runs}
+    for s in sorted(runs, key=lambda s: bool(s.init)):  # the average is Table 9's, if it is that
+        columns[s.method] |= paper(s)
     both = len(columns) == 2
 
     def line(
@@ -681,6 +692,8 @@ def report(runs: list[Settings], out: Path) -> None:
         means = [[statistics.mean(v) for v in zip(*cells, strict=True)]
                  for cells in zip(*results, strict=True)]  # fmt: skip
         print(line(("glue", "average"), means, "average", 100, 2))
+    if lines := any(columns.values()) and departures(runs, out):
+        print("\nNot as in the paper:", *lines, sep="\n  ")
 
 
 def main() -> None:
@@ -691,6 +704,8 @@ def main() -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world()[0] == 0 and (borrowed := preset(runs[0].shape, runs[0].task)[1]):
+        print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
     for s in runs:
         run(s, args.out, args.fresh, device)
     if world()[0] == 0:

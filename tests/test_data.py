@@ -30,6 +30,7 @@ from tokenizers.pre_tokenizers import (
 
 from data import (
     E2E_FILES,
+    E2E_TOKENIZED,
     Batch,
     Example,
     Tokenizer,
@@ -38,6 +39,7 @@ from data import (
     encode_pairs,
     encode_prompt,
     group_references,
+    is_tokenized,
     read_e2e,
     shuffled_batches,
 )
@@ -413,6 +415,42 @@ def test_hub_out_of_reach(monkeypatch, text):
     ) as caught:
         read_e2e(None, "train")
     assert "\n" not in str(caught.value)
+
+
+TOKENIZED = "name : The Vaults | price : £ 20 - 25 | near : Café Adriatic"
+
+
+def test_the_lora_papers_text_is_read_as_it_stands(tmp_path):
+    """Its meaning representations are prompts already, the same as ours are of the official ones;
+    its references are tokenized, and stay so."""
+    reference = "The Vaults near Café Adriatic is family - friendly ; it costs £ 20 - 25 ."
+    for name in E2E_TOKENIZED.values():
+        (tmp_path / name).write_text(f"{TOKENIZED}||{reference}\n" * 2, encoding="utf-8")
+    for split in E2E_TOKENIZED:
+        assert read_e2e(tmp_path, split) == [(TOKENIZED, reference)] * 2
+    assert is_tokenized(tmp_path) and e2e_prompt(TOKENIZED) == TOKENIZED
+    mr = "name[The Vaults], priceRange[£ 20 - 25], near[Café Adriatic]"
+    assert e2e_prompt(mr) == TOKENIZED
+    write(tmp_path, f'mr,ref\n"{mr}",The Vaults\n')  # official files go before
+    assert read_e2e(tmp_path, "train") == [(mr, "The Vaults")] and not is_tokenized(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (TOKENIZED, "train.txt, line 2: the reference is empty"),
+        (f"{TOKENIZED}|| ", "train.txt, line 2: the reference is empty"),
+        (f"{TOKENIZED}||A pub .||B", "train.txt, line 2: more values than columns"),
+        ("The Vaults||A pub .", "train.txt, line 2: malformed MR 'The Vaults'"),
+        (f"{TOKENIZED} | food||A pub .", "train.txt, line 2: malformed MR"),
+    ],
+)
+def test_the_lora_papers_text_when_it_is_broken(tmp_path, line, message):
+    (tmp_path / "train.txt").write_text(f"{TOKENIZED}||A pub .\n{line}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_e2e(tmp_path, "train")
+    with pytest.raises(InputError, match="test.txt is missing"):
+        read_e2e(tmp_path, "test")
 
 
 def test_group_references():

@@ -205,8 +205,8 @@ def as_printed(s: Settings) -> dict[str, str]:
 def hub(monkeypatch, tmp_path) -> None:
     """The hub, as far as the command line needs it."""
     large = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16)
-    configs = {name: {} for name in ("roberta-base", "distilroberta", "FacebookAI/roberta-base")}
-    configs |= {name: large for name in ("roberta-large", "FacebookAI/roberta-large")}
+    configs = {"roberta-base": {}, "FacebookAI/roberta-base": {}, "roberta-large": large}
+    configs |= {"my/copy": large, "distilroberta-base": dict(num_hidden_layers=6)}
     base = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num_hidden_layers=12,
                 num_attention_heads=12, intermediate_size=3072, max_position_embeddings=514,
                 layer_norm_eps=1e-5)  # fmt: skip
@@ -238,22 +238,47 @@ def test_settings_are_table_5(hub, model, place, task):
     assert settings(model, task, molex=False) == replace(s, molex=None)
 
 
-def test_which_column_a_model_takes(hub):
+def test_the_column_goes_by_the_models_shape_whatever_its_folder_is_called(hub):
     for task in LAYOUT:
         base, large = (settings(model, task) for model in TABLE_5)
-        for name, column in [("FacebookAI/roberta-base", base), ("distilroberta", base),
-                             ("FacebookAI/roberta-large", large), ("nano/gpt2", base)]:  # fmt: skip
-            s = settings(name, task)
-            dropout = 0.0 if name == "nano/gpt2" else 0.1  # the checkpoint's own
-            assert s == replace(column, model=name, dropout=dropout) and s.name.startswith(
-                name.replace("/", "-")
-            )
+        assert settings("FacebookAI/roberta-base", task) == replace(
+            base, model="FacebookAI/roberta-base"
+        )
+        assert settings("my/copy", task) == replace(large, model="my/copy")
+        assert settings("my/copy", task).name == f"my-copy-{task}-molex-s0"
+        for name, dropout in (("distilroberta-base", 0.1), ("nano/gpt2", 0.0)):
+            s = settings(name, task)  # neither has a column: RoBERTa-base's, and its own dropout
+            assert s == replace(base, model=name, dropout=dropout, shape=s.shape)
+            assert s.shape == ("nano/gpt2" if name == "nano/gpt2" else "")
+
+
+@pytest.mark.parametrize(
+    "model, flags, borrowed",
+    [
+        ("distilroberta-base", "--task rte", "Table 5, for RoBERTa-base"),
+        ("nano/gpt2", "--task rte", "Table 5, for RoBERTa-base"),
+        ("my/copy", "--task rte", None),
+        ("nano/roberta", "--task rte", None),
+        ("nano/gpt2", "--task e2e", None),
+    ],
+)
+def test_a_model_that_has_no_settings_says_whose_it_was_given(
+    hub, monkeypatch, capsys, model, flags, borrowed
+):
+    monkeypatch.setattr(train, "run", mock.Mock(side_effect=InputError("not in this test")))
+    with pytest.raises(InputError, match="not in this test"):
+        run_main(f"--model {model} {flags} --no-molex")
+    out = capsys.readouterr().out
+    assert f"{model} is given the settings of {borrowed}" in out if borrowed else not out
 
 
 def test_a_flag_goes_before_the_paper(hub):
     s = settings("roberta-base", "qnli", "--epochs 3 --lr 0.5 --gate linear --vote mode")
     changed = dict(epochs=3, lr=0.5, molex=replace(s.molex, gate="linear", vote="mode"))
-    assert s == replace(settings("roberta-base", "qnli"), **changed)
+    differs = dict(epochs=[3, 25], lr=[0.5, 4e-4], gate=["linear", "cosine"], vote=["mode", "mean"])
+    assert s == replace(settings("roberta-base", "qnli"), **changed, differs=differs)
+    lora = settings("roberta-base", "qnli", "--epochs 3 --gate linear", molex=False)
+    assert lora.differs == dict(epochs=[3, 25])  # it has no gate
 
 
 def test_all_tasks_and_methods(hub):
@@ -728,7 +753,9 @@ def test_what_is_trained(roberta, glue, tune, molex):
     still = {n for n, p in named.items() if torch.equal(p, before[n])}
     assert not still - {n for n in named if n not in chosen or n.endswith("attn.k.bias")}
     assert {n for n in named if n not in chosen} <= still
-    groups = [(g["weight_decay"], g["initial_lr"], len(g["params"])) for g in optimizer.param_groups]
+    groups = [
+        (g["weight_decay"], g["initial_lr"], len(g["params"])) for g in optimizer.param_groups
+    ]
     gate = {(0.01, 0.1, 2), (0.0, 0.1, 1)} if molex else set()  # W and b; alpha, which stays
     assert sum(g[2] for g in groups) == len(chosen) and gate == {g for g in groups if g[1] == 0.1}
 
@@ -745,6 +772,7 @@ def test_no_weight_decay_on_biases_and_norms(roberta, glue):
 def test_task_glue_trains_all_eight(roberta, glue, tmp_path, capsys):
     run_main(f"--model {roberta} --task glue --data {glue} --epochs 1 --compare --out {tmp_path}")
     lines = capsys.readouterr().out.splitlines()
+    assert not any("paper:" in line for line in lines)  # the paper has no such model
     assert len([*tmp_path.iterdir()]) == 16
     found = []
     for task, (name, _) in LAYOUT.items():
@@ -782,24 +810,28 @@ FULL = {  # Table 11, in its own order
     "MNLI": "87.7 87.8", "QNLI": "92.9 93.1", "SST-2": "95.0 95.1", "QQP": "91.8 91.8",
     "average": "86.2 86.6",
 }  # fmt: skip
-FROM_MNLI = {  # Table 9
+FROM_MNLI = {  # Table 9: the other five are those of Table 1
     "MRPC": "89.7 91.1", "RTE": "86.8 86.8", "STS-B": "91.3 91.3", "average": "87.1 87.6",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["roberta-base", "roberta-large", "full", "from MNLI", "bitfit"])
-def test_the_table_shows_what_the_paper_has(hub, roberta, mnli, tmp_path, capsys, which):
+def test_the_table_shows_what_the_paper_has(
+    hub, roberta, mnli, tmp_path, capsys, monkeypatch, which
+):
     names = [name for name, _ in LAYOUT.values()] + ["average"]
     rows, flags = {}, f"--model {which}"
-    if which in PAPER:
-        columns = [[c.strip() for c in column.split(", ")] for column in PAPER[which]]
+    if which in (*PAPER, "from MNLI"):
+        table_1 = PAPER["roberta-base" if which == "from MNLI" else which]
+        columns = [[c.strip() for c in column.split(", ")] for column in table_1]
         rows = {name: list(pair) for name, *pair in zip(names, *columns, strict=True)}
     if which in ("full", "bitfit"):
         rows = {name: pair.split() for name, pair in FULL.items() if which == "full"}
         flags = f"--model roberta-base --tune {which}"
     if which == "from MNLI":
-        rows = {name: pair.split() for name, pair in FROM_MNLI.items()}
+        rows |= {name: pair.split() for name, pair in FROM_MNLI.items()}
         flags = f"--model {roberta} --init-from {mnli[False]} {mnli[True]}"
+        monkeypatch.setitem(train.MODELS, "roberta-base", ["roberta", 3, 32])
     runs = parse(f"--task glue --compare {flags}".split())[1]
     for s in runs:
         (tmp_path / s.name).mkdir()
@@ -813,7 +845,34 @@ def test_the_table_shows_what_the_paper_has(hub, roberta, mnli, tmp_path, capsys
         cells = re.findall(r"\S+(?: ± \S+)?", left)
         if which == "from MNLI":  # whose deviations have lost their points
             cells = [cell.split()[0] for cell in cells]
+            rows[name] = [cell.split()[0] for cell in rows[name]]
         assert cells == rows.get(name, [])
+
+
+def test_whatever_is_not_the_papers_stands_below_its_numbers(hub, tmp_path, capsys):
+    """A short run cannot pass for the paper's."""
+
+    def report(flags: str, **counts: int) -> list[str]:
+        runs = parse(f"--model roberta-base --task rte --compare {flags}".split())[1]
+        for s in runs:
+            (tmp_path / s.name).mkdir(exist_ok=True)
+            scores = dict(accuracy=0.5, trainable=1, seconds_per_step=1, examples=counts)
+            (tmp_path / s.name / "scores.json").write_text(json.dumps(scores))
+        train.report(runs, tmp_path)
+        return capsys.readouterr().out.partition("Not as in the paper:")[2].split("\n  ")[1:]
+
+    five = "--seeds 0 1 2 3 4"
+    assert report(five, train=2490, dev=277) == []
+    lines = report("--epochs 3 --max-steps 25 --vote mode --batch-times 8", train=3367, dev=277)
+    assert [line.strip() for line in lines] == [
+        "RTE: epochs 3 (paper: 80)",
+        "RTE: max steps 25 (paper: None)",
+        "RTE: batch times 8 (paper: 1)",
+        "RTE: 3,367 train examples (official data: 2,490)",
+        "RTE: vote mode (paper: mean)",
+        "seeds: 1 (paper: 5)",
+    ]
+    assert report("--seeds 0 1", train=2490, dev=277)[0].strip() == "seeds: 2 (paper: 5)"
 
 
 # -------------------------------------------------------------------------------------- --init-from
@@ -824,21 +883,41 @@ def prepared(roberta: Path, glue: Path, flags: str) -> tuple[Settings, dict[str,
     return s, evaluation.trained_tensors(prepare(s, CPU)[0])
 
 
-def test_init_from_takes_lora_gate_and_alpha_but_no_head(roberta, glue, mnli):
-    fresh, start = prepared(roberta, glue, "")
-    s, ours = prepared(roberta, glue, f"--init-from {mnli[False]} {mnli[True]}")
+GATE_OF_MNLI = "--gate cosine --activation sigmoid --proj-dim 416"
+
+
+@pytest.mark.parametrize("flags", ["", GATE_OF_MNLI])
+def test_init_from_takes_the_lora_and_a_gate_of_the_same_shape_but_no_head(
+    roberta, glue, mnli, capsys, flags
+):
+    """The settings are the task's own (Table 9, B.1); a gate of another kind is new, and it says
+    so."""
+    fresh, start = prepared(roberta, glue, flags)
+    s, ours = prepared(roberta, glue, f"{flags} --init-from {mnli[False]} {mnli[True]}")
     theirs = load_file(mnli[True] / "adapter.safetensors")
-    taken = {n for n in theirs if not n.startswith("head.")}
-    assert "layers.alpha_logit" in taken and "layers.gates.0.log_temperature" in taken
+    gate = {n for n in theirs if n.startswith(("layers.gates.", "layers.alpha"))}
+    head = {n for n in theirs if n.startswith("head.")}
+    taken = theirs.keys() - head - (set() if flags else gate)
+    assert len(gate) == 4 and len(taken) == 12 + 4 * bool(flags)
     assert all(torch.equal(ours[n], theirs[n]) for n in taken)
-    assert all(not torch.equal(start[n], theirs[n]) for n in taken & start.keys())
-    assert ours.keys() - taken == {n for n in theirs if n.startswith("head.")}
+    assert all(not torch.equal(start[n], theirs[n]) for n in taken)
+    assert all(torch.equal(ours[n], start[n]) for n in ours.keys() - taken)  # alpha is gate's
     assert ours["head.out.weight"].shape == (2, 32) and theirs["head.out.weight"].shape == (3, 32)
-    assert not torch.equal(ours["head.dense.weight"], theirs["head.dense.weight"])
-    # the gate is the source's kind, the rest MRPC's
-    assert (s.molex.gate, s.molex.activation, s.molex.proj_dim) == ("cosine", "sigmoid", 416)
-    assert fresh.molex.gate == "linear" and s.name == "tiny-roberta-base-mrpc-molex-init-s0"
-    assert s == replace(fresh, molex=s.molex, init=str(mnli[True]))
+    assert s == replace(fresh, init=str(mnli[True]))
+    assert s.name == "tiny-roberta-base-mrpc-molex-init-s0"
+    said = capsys.readouterr().out
+    assert f"starts from {mnli[True]}: all but its head" in said
+    assert ("and its gate, for want of one of this shape" in said) == (not flags)
+
+
+def test_table_9_is_one_command(hub, roberta, mnli):
+    """Five tasks are ordinary runs, three start from MNLI's; each has its own column of Table 5."""
+    flags = f"--model {roberta} --task glue --compare"
+    ordinary = parse(flags.split())[1]
+    runs = parse(f"{flags} --init-from {mnli[False]} {mnli[True]}".split())[1]
+    for s, plain in zip(runs, ordinary, strict=True):
+        init = str(mnli[bool(s.molex)]) if s.task in ("mrpc", "rte", "stsb") else None
+        assert s == replace(plain, init=init)
 
 
 def test_init_from_a_run_without_molex(roberta, glue, mnli):
@@ -856,7 +935,8 @@ def test_init_from_a_run_without_molex(roberta, glue, mnli):
 def test_init_from_a_run_that_trained_everything(roberta, glue, tmp_path):
     """Their tune is taken over, and with it what is trained."""
     flags = f"--model {roberta} --data {glue} --no-molex"
-    run_main(f"{flags} --task rte --tune bitfit --epochs 1 --lr 0.1 --out {tmp_path}")
+    some = "--task rte --tune bitfit --epochs 1 --lr 0.1 --batch-size 5"
+    run_main(f"{flags} {some} --out {tmp_path}")
     (source,) = tmp_path.iterdir()
     theirs = load_file(source / "adapter.safetensors")
     s, ours = prepared(roberta, glue, f"--no-molex --init-from {source}")
@@ -928,7 +1008,6 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
     "flags, message",
     [
         ("--init-from {lora} --lora-r 4", "has not the shapes of this run's LoRA"),
-        ("--init-from {molex} --individual-gates", "has not the shapes"),
         ("--init-from {molex} --tune bitfit", "has not the shapes"),
         ("--init-from {molex} --no-molex", "has MoLEx; give a run without it as well"),
         ("--init-from {molex} --compare", "has MoLEx; give a run without it as well"),

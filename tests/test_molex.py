@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora import add_lora, loras
 from model import Cache, Config, Context, InputError, Transformer, rope_angles
-from molex import CosineGate, LinearGate, MoLExConfig, gate_parameters, upcycle
+from molex import CosineGate, LinearGate, MoLExConfig, upcycle
 
 FAMILIES = ("gpt2", "llama", "roberta")
 VOCAB = 31
@@ -195,7 +195,7 @@ def by_hand(model: Transformer, sequences: list):
         tokens = [token for sequence in a for token in sequence]
         for j in range(T):
             f = sum(int(token.argmax()) == j for token in tokens) / len(tokens)
-            P = sum(token[j] for token in tokens) / len(tokens)
+            P = sum(token[j] / token.sum() for token in tokens) / len(tokens)
             balance = balance + T * f * P / len(mixing)
 
         new = []
@@ -545,12 +545,8 @@ def test_upcycling_shares_layers_and_adds_the_gate_alone(gate, individual, layer
     T, D, copies = 4, 16, slots if individual else 1
     one = T * D + T if gate == "linear" else 6 * D + T * 6 + 1
     assert sum(after[n].numel() for n in new) == copies * (one + 1)  # and an alpha
-    mine = gate_parameters(model)
-    assert sum(p.numel() for p in mine) == copies * (one + 1)
-    assert all(p.requires_grad for p in mine)
-    assert {id(p) for n, p in model.named_parameters() if n in new} == {id(p) for p in mine}
+    assert all(p.requires_grad for n, p in model.named_parameters() if n in new)
     assert torch.allclose(model.layers.alpha_logit.sigmoid(), torch.tensor(0.95))
-    assert not gate_parameters(lora_model("gpt2"))
 
 
 def test_table_14s_parameters():

@@ -3,8 +3,10 @@
 They train nano/gpt2 on nano/e2e for a few steps.
 """
 
+import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,15 @@ from transformers import get_linear_schedule_with_warmup
 
 import eval as evaluation
 import train
-from data import Example, collate, encode_pairs, read_e2e
+from data import (
+    E2E_TOKENIZED,
+    Example,
+    collate,
+    e2e_prompt,
+    encode_pairs,
+    group_references,
+    read_e2e,
+)
 from eval import trained_tensors
 from model import InputError, Layers
 from molex import MoLExConfig
@@ -107,7 +117,8 @@ def test_methods_and_seeds(gpt2_medium):
 
 def test_every_setting_has_a_flag():
     flags = dict(
-        epochs=7, max_steps=3, batch_size=2, accumulate=2, lr=0.5, weight_decay=0.5, warmup=1,
+        epochs=7, max_steps=3, batch_size=2, batch_times=4, accumulate=2, lr=0.5,
+        weight_decay=0.5, warmup=1,
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
@@ -120,7 +131,7 @@ def test_every_setting_has_a_flag():
     assert {n: getattr(s, n) for n in flags} == flags
     extra = dict(layers=(2, 3), individual_gates=True, learn_alpha=True)
     assert asdict(s.molex) == gate | extra
-    fixed = {"model", "task", "data", "seed", "molex", "init"}
+    fixed = {"model", "task", "data", "seed", "molex", "init", "shape", "differs"}
     assert asdict(s).keys() == flags.keys() | fixed
 
 
@@ -383,6 +394,53 @@ def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
     train.train(settings(f"--epochs 1 {SHORT}"), tmp_path, CPU)
     evaluation.evaluate_run(tmp_path, CPU)
     assert learned == asked and len(asked) > 1
+
+
+def test_a_step_takes_so_many_batches_and_each_can_vote_for_itself(monkeypatch, tmp_path):
+    """The other reading of the paper's batch size: that of one GPU of several."""
+    steps, votes, forward = [], [], train.summed_loss
+    s = settings("--batch-size 4 --batch-times 3 --accumulate 3 --max-steps 2")
+    step = train.train_step
+    monkeypatch.setattr(
+        train, "train_step", lambda m, o, e, s: steps.append(len(e)) or step(m, o, e, s)
+    )
+    monkeypatch.setattr(
+        train, "summed_loss", lambda m, e, x: votes.append(len(e)) or forward(m, e, x)
+    )
+    train.train(s, tmp_path, CPU)
+    assert steps == [12, 12] and votes == [4] * 6
+
+
+def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
+    """Trained, decoded and scored on it: --data with its three files is all it takes."""
+    for split, name in E2E_TOKENIZED.items():
+        pairs = read_e2e("nano/e2e", split)[:40]
+        lines = [f"{e2e_prompt(mr)}||{ref.replace('-', ' - ')}\n" for mr, ref in pairs]
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setitem(train.MODELS, "gpt2-medium", ["gpt2", 8, 128])  # the paper's numbers beside
+    flags = f"--data {tmp_path} --max-steps 3 --batch-size 4 {SHORT} --out {tmp_path / 'runs'}"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "nano/gpt2", *flags.split()])
+    main()
+    out = capsys.readouterr().out
+    lines = out.partition("Not as in the paper:")[2]
+    assert re.search(r"BLEU .* 70\.7 ± \.4", out) and "max steps 3 (paper: None)" in lines
+    assert "40 train examples (official data: 42,061)" in lines and "official text" not in lines
+    folder = tmp_path / "runs/nano-gpt2-e2e-molex-s0"
+    table = (folder / "predictions.tsv").read_text("utf-8").splitlines()
+    assert table[1].startswith("name : ") and len(table) == 6
+    argv = (
+        f"eval.py --predictions {folder}/predictions.tsv --references {tmp_path}/refs.csv".split()
+    )
+    groups = zip(*group_references(read_e2e(tmp_path, "test")), strict=True)
+    with open(tmp_path / "refs.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("mr", "ref")] + [(mr, ref) for mr, group in [*groups][:5] for ref in group]
+        )
+    monkeypatch.setattr(sys, "argv", [*argv, "--json"])
+    evaluation.main()
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {n: scores[n] for n in again} == again
 
 
 def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
