@@ -445,12 +445,14 @@ def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int)
     return examples
 
 
-def shuffled_batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
-    """Indices in random batches of similar lengths, so that little is padding: shuffled, sorted by
-    length within stretches of 50 batches, and the batches shuffled again."""
+def shuffled_batches(
+    lengths: list[int], batch_size: int, seed: int, groups: int = 1
+) -> list[list[int]]:
+    """Indices in random batches. With `groups` > 1, examples are sorted by length within so many
+    batches, so that little is padding, and the batches shuffled again."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
-    stretch = 50 * batch_size
+    stretch = groups * batch_size
     pieces = [
         sorted(order[i : i + stretch].tolist(), key=lengths.__getitem__)
         for i in range(0, len(order), stretch)

@@ -94,6 +94,7 @@ class Settings:
     batch_size: int = 8
     batch_times: int = 1
     accumulate: int = 1
+    length_groups: int = 1
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 500.0
@@ -145,9 +146,10 @@ ALPACA = dict(lora_r=8, lora_dropout=0.05, lr=1e-4, batch_size=4, epochs=3, weig
               warmup=0.03, label_smoothing=0.0, max_length=512, beams=1)  # fmt: skip
 NANO_TASKS = ("cola", "mrpc", "stsb")  # what nano/glue has
 # A small model needs larger steps, and fewer.
-NANO_GLUE = dict(epochs=5, lr=3e-3, lora_alpha=32.0, batch_size=16, eval_batch=50)
+NANO_GLUE = dict(epochs=5, lr=3e-3, lora_alpha=32.0, batch_size=16, length_groups=50, eval_batch=50)
+NANO_E2E = dict(epochs=3, lr=1e-2, warmup=50.0, length_groups=50, eval_batch=70)
 NANO = {
-    ("nano/gpt2", "e2e"): dict(data="nano/e2e", epochs=3, lr=1e-2, warmup=50.0, eval_batch=70),
+    ("nano/gpt2", "e2e"): NANO_E2E | dict(data="nano/e2e"),
     **{("nano/roberta", task): NANO_GLUE for task in GLUE},
     **{("nano/roberta", task): NANO_GLUE | dict(data="nano/glue") for task in NANO_TASKS},
 }
@@ -176,6 +178,8 @@ HELP = {
     "batch_times": "so many of these batches make a step; 8 reads Table 5's as that of each of 8"
     " GPUs, as in the public LoRA scripts (with --accumulate 8 each votes for itself, as there)",
     "accumulate": "micro-batches that a batch is cut into, to save memory; each votes for itself",
+    "length_groups": "batches within which texts of like length are put together, to save padding;"
+    " 1: batches at random, as in the LoRA code",
     "lr": "learning rate of all but the gate, linear warm-up and decay",
     "weight_decay": "of the same, biases and norms excepted",
     "warmup": "steps until the full learning rate; below 1: share of all steps",
@@ -524,7 +528,7 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
     saved = started = time.perf_counter()
     while step < steps:
         epoch, place = divmod(step, per_epoch)
-        batches = shuffled_batches(lengths, batch_size, seed=1000 * s.seed + epoch)
+        batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
         for batch in batches[place : place + steps - step]:
             loss_sum += train_step(model, optimizer, [examples[i] for i in batch], s)
             schedule.step()

@@ -53,6 +53,7 @@ def runs(small) -> dict[int, Path]:
 def test_runs_differ_in_k_alone(small, table):
     one, two = (json.loads((f / "config.json").read_text()) for f in runs(small).values())
     assert (one["molex"].pop("top_k"), two["molex"].pop("top_k")) == (1, 2)
+    assert two["differs"].pop("top_k") == [2, 1]  # from the preset
     assert one == two and one["task"] == "cola" and one["molex"]
 
 

@@ -117,7 +117,7 @@ def test_methods_and_seeds(gpt2_medium):
 
 def test_every_setting_has_a_flag():
     flags = dict(
-        epochs=7, max_steps=3, batch_size=2, batch_times=4, accumulate=2, lr=0.5,
+        epochs=7, max_steps=3, batch_size=2, batch_times=4, accumulate=2, length_groups=3, lr=0.5,
         weight_decay=0.5, warmup=1,
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
