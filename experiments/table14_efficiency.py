@@ -53,7 +53,7 @@ LLAMA = dict(  # config.json of meta-llama/Llama-3.2-1B
     rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192), tie_word_embeddings=True,
 )  # fmt: skip
-LORA = dict(r=8, alpha=16)
+LORA = dict(r=8, alpha=32)
 ALPACA = 52_002  # examples in tatsu-lab/alpaca
 HEADER = ["parameters", "trainable", "%", "MB", "FLOP/sample", "s/sample", "FLOP/s", "min/epoch"]
 PAPER = {

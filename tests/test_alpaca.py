@@ -460,7 +460,8 @@ def test_settings(hub):
     assert settings(LLAMA, molex=False) == replace(s, molex=None)
     changed = settings(LLAMA, "--lora-r 4 --molex-layers 0-3 --data some.json")
     gate = replace(s.molex, layers=(0, 1, 2, 3))
-    assert changed == replace(s, lora_r=4, molex=gate, data="some.json")
+    differs = dict(lora_r=[4, 8], layers=[(0, 1, 2, 3), None])
+    assert changed == replace(s, lora_r=4, molex=gate, data="some.json", differs=differs)
 
 
 def test_what_is_trained_in_llama_3(hub):
