@@ -16,13 +16,20 @@ routes.json and routes.png. The same command again resumes a killed run and keep
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import shutil
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -32,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    E2E_FILES,
     GLUE,
     Example,
     Tokenizer,
@@ -55,6 +63,7 @@ from eval import (
     dev_loss,
     evaluate_run,
     glue_scores,
+    locked,
     paired_bootstrap,
     pick_device,
     read_predictions,
@@ -62,12 +71,13 @@ from eval import (
     summed_loss,
     task_head,
     trained_tensors,
+    uninterrupted,
     write_atomic,
     write_text,
 )
 from lora import load_loralib
-from model import InputError, Transformer, checkpoint_folder, read_config
-from molex import MoLExConfig, gate_parameters
+from model import InputError, Transformer, checkpoint_folder, locate, read_config
+from molex import MoLExConfig, gate_parameters, sum_over_ranks
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -362,6 +372,8 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
+CHECKPOINT_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors*",
+                    "pytorch_model.bin")  # fmt: skip
 
 
 def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -> dict[str, float]:
@@ -470,92 +482,171 @@ def read_data(
     return train, {"dev": dev}
 
 
-def train(s: Settings, folder: Path, device: torch.device) -> None:
-    """Train one run in its folder, from its beginning or from last.pt, to its end."""
+def differences(then: dict, now: dict) -> list[str]:
+    return [name for name in then | now if then.get(name) != now.get(name)]
+
+
+def origin(s: Settings) -> dict:
+    """What a run is made of: its settings, the SHA-256 of each file that it reads (not of the hub's
+    data sets), versions, command and date. For origin.json and last.pt."""
+    home, model, data = Path(__file__).parent, checkpoint_folder(s.model), locate(s.data or "")
+    files = [f for kind in CHECKPOINT_FILES for f in sorted(model.glob(kind))]
+    if s.init:
+        files += [f for f in (Path(s.init), Path(s.init, "adapter.safetensors")) if f.is_file()]
+    if s.data and s.task in GLUE:
+        files += [glue_file(data, s.task, split) for split in ("train", *GLUE[s.task].dev)]
+    elif s.data:
+        files += [data] if s.task == "alpaca" else [data / name for name in E2E_FILES.values()]
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    git = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    known = (home / ".git").exists() and shutil.which("git")
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, commit=commit)
+    settings = json.loads(json.dumps(asdict(s)))  # as config.json has them: lists for tuples
+    return dict(settings=settings, files=hashes, versions=versions, command=shlex.join(sys.argv),
+                date=datetime.now().astimezone().isoformat())  # fmt: skip
+
+
+def remove(folder: Path) -> None:
+    """Renamed first: a kill leaves a whole run or none."""
+    gone = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)  # where a kill has left one
+    if folder.exists():
+        shutil.rmtree(folder.rename(gone))
+
+
+def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
+    """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
+    first what is there. Raises InputError if another process is at it, if last.pt has another
+    origin, or if the loss is no longer a number; the last state stays."""
     model, tokenizer = prepare(s, device)
-    limit = min(s.max_length, model.config.max_positions)
-    examples, dev = read_data(s, tokenizer, limit)
-    lengths = [len(e) for e in examples]
+    examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+    rank, processes = world()
+    with locked(folder) if rank == 0 else nullcontext():
+        if rank == 0 and fresh:
+            remove(folder)
+        if processes > 1:
+            dist.barrier()
+        # Several processes hold signals back until all of them stop, at the same step.
+        with uninterrupted() if processes > 1 else nullcontext([]) as signals:
+            fit(s, folder, model, examples, dev, signals)
+
+
+def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
+        dev: dict[str, list[Example]], signals: list[int]) -> None:  # fmt: skip
+    """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
+    device, rank, lengths = model.embed.weight.device, world()[0], [len(e) for e in examples]
     per_epoch = -(-len(examples) // s.batch_size)
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
-    tensors, (rank, _) = trained_tensors(model), world()
+    tensors, made = trained_tensors(model), origin(s)
 
-    step, seconds, log, loss_sum = 0, 0.0, [], torch.zeros((), device=device)
-    last = folder / "last.pt"
+    step, seconds, log, loss_sum = 0, 0.0, [], 0.0
+    losses: list[Tensor] = []  # of the steps since `settle`
+    last, config = folder / "last.pt", folder / "config.json"
     if last.exists():
         state = torch.load(last, weights_only=True, map_location="cpu")
+        then = state.get("origin", dict(settings={}, files={}, versions={}))
+        other = [n for part in ("settings", "files") for n in differences(then[part], made[part])]
+        if other or not config.exists():
+            raise InputError(f"{last} is of a run with another {', '.join(other or ['folder'])};"
+                             " put that back, or pass --fresh to start anew")  # fmt: skip
         with torch.no_grad():
             for n, p in tensors.items():
                 p.copy_(state["tensors"][n])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
-        loss_sum.fill_(state["loss_sum"])
+        loss_sum = state["loss_sum"]
         if rank == 0:  # the other processes go on with dropout of their own
+            for n in differences(then["versions"], made["versions"]):
+                print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
             torch.set_rng_state(state["rng"])
             if device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
+        made = then
     elif rank == 0:  # all that the run needs has been read: from here on there is a folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")
+        write_text(folder / "origin.json", json.dumps(made, indent=2) + "\n")
+        write_text(config, json.dumps(asdict(s), indent=2) + "\n")
+
+    def settle() -> None:
+        """Add up the losses since the last call. They, and at last the weights, must be finite."""
+        nonlocal loss_sum
+        broken = not all(p.isfinite().all() for p in tensors.values())
+        for n, loss in enumerate(losses, step - len(losses)):
+            loss_sum += loss.item()
+            if not math.isfinite(loss_sum) or broken and n + 1 == step:
+                raise InputError(
+                    f"{folder}: no finite loss or weights after step {n + 1} (batch"
+                    f" {n % per_epoch + 1} of epoch {n // per_epoch + 1}); try --fresh with a"
+                    " smaller --lr, and look at the data"
+                )
+        losses.clear()
 
     def save() -> None:
+        settle()
         state = dict(
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(), step=step, seconds=seconds, log=log,
-            loss_sum=loss_sum.item(), rng=torch.get_rng_state(),
+            schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
+            rng=torch.get_rng_state(), origin=made,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
         write_atomic(last, lambda path: torch.save(state, path))
 
     bar = tqdm(total=steps, initial=step, desc=s.name, disable=rank != 0)
     saved = started = time.perf_counter()
-    while step < steps:
-        epoch, place = divmod(step, per_epoch)
-        batches = shuffled_batches(lengths, s.batch_size, seed=1000 * s.seed + epoch)
-        for batch in batches[place : place + steps - step]:
-            loss_sum += train_step(model, optimizer, [examples[i] for i in batch], s)
-            schedule.step()
-            step += 1
-            bar.update()
-            place += 1
-            if step % 25 == 0:
-                bar.set_postfix(loss=f"{loss_sum.item() / place:.3f}")
-            now = time.perf_counter()
-            if rank == 0 and now - saved > SAVE_SECONDS and place < len(batches) and step < steps:
-                seconds, started, saved = seconds + now - started, now, now
-                save()
-        train_loss = loss_sum.item() / place
-        loss_sum.zero_()
-        if rank == 0:
-            seconds += time.perf_counter() - started
-            dev_result = dev_scores(model, dev, s)
-            entry = dict(epoch=epoch + 1, step=step, train_loss=train_loss, **dev_result,
-                         seconds_per_step=seconds / step)  # fmt: skip
-            log.append(entry)
-            if entry is best_epoch(log, s.task):
-                best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
-                write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
-            write_text(folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
-            save()  # last: a kill before it repeats the epoch's end and writes the others again
-            found = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in dev_result.items())
-            bar.write(f"epoch {epoch + 1}: train loss {train_loss:.4f}, {found}")
+    try:
+        for epoch in range(len(log), -(-steps // per_epoch)):
+            batches = shuffled_batches(lengths, s.batch_size, seed=1000 * s.seed + epoch)
+            place = step - epoch * per_epoch
+            loss_sum *= place > 0
+            for batch in batches[place : place + steps - step]:
+                with uninterrupted():
+                    losses.append(train_step(model, optimizer, [examples[i] for i in batch], s))
+                    schedule.step()
+                    step, place = step + 1, place + 1
+                    bar.update()
+                    if step % 25 == 0 or place == per_epoch or step == steps:
+                        settle()
+                        bar.set_postfix(loss=f"{loss_sum / place:.3f}")
+                    now = time.perf_counter()
+                    seconds, started = seconds + now - started, now
+                if rank == 0 and now - saved > SAVE_SECONDS:
+                    save()
+                    saved = now
+                if step % 25 == 0 and sum_over_ranks(torch.tensor(len(signals), device=device)):
+                    raise KeyboardInterrupt
+            if rank == 0:
+                found = dev_scores(model, dev, s)
+                entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
+                             seconds_per_step=seconds / step)  # fmt: skip
+                entries = [*log, entry]
+                if entry is best_epoch(entries, s.task):
+                    best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
+                    write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
+                lines = [json.dumps(e) + "\n" for e in entries]
+                write_text(folder / "metrics.jsonl", "".join(lines))
+                log = entries  # not before: a signal until here repeats the epoch's end
+                save()  # last: a kill before it does so too
+                text = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in found.items())
+                bar.write(f"epoch {epoch + 1}: train loss {entry['train_loss']:.4f}, {text}")
             started = saved = time.perf_counter()
+    except KeyboardInterrupt:
+        if rank == 0:
+            save()
+        raise
     bar.close()
 
 
 def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     """Train and evaluate one run, or what is left of it; returns its folder."""
-    folder, (rank, processes) = out / s.name, world()
-    if rank == 0 and fresh and folder.exists():
-        shutil.rmtree(folder)
-    if processes > 1:
-        dist.barrier()
-    if (folder / "config.json").exists():
+    folder, (rank, _) = out / s.name, world()
+    if os.path.exists(folder / "config.json") and not fresh:
         old = json.loads((folder / "config.json").read_text())
-        new = json.loads(json.dumps(asdict(s)))  # tuples become lists there
-        if changed := [n for n in new if old.get(n) != new[n]]:
+        if changed := differences(old, json.loads(json.dumps(asdict(s)))):
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
                 " it or --out DIR to keep both"
@@ -565,9 +656,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
             print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
             return folder
-    if processes > 1:
-        dist.barrier()  # nobody writes before everybody has looked
-    train(s, folder, device)
+    train(s, folder, device, fresh)
     if rank == 0:
         evaluate_run(folder, device)
     return folder

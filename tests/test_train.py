@@ -243,8 +243,8 @@ def compared(tmp_path_factory):
 
 def test_a_run_leaves_its_files(compared):
     out, stdout = compared
-    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "predictions.tsv",
-              "samples.txt", "scores.json"]  # fmt: skip
+    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "origin.json",
+              "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
     lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
     assert sorted(f.name for f in lora.iterdir()) == common
     assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.json", "routes.png"])
