@@ -505,9 +505,9 @@ def origin(s: Settings) -> dict:
     known = (home / ".git").exists() and shutil.which("git")
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, commit=commit)
-    settings = json.loads(json.dumps(asdict(s)))  # as config.json has them: lists for tuples
-    return dict(settings=settings, files=hashes, versions=versions, command=shlex.join(sys.argv),
-                date=datetime.now().astimezone().isoformat())  # fmt: skip
+    made = dict(settings=asdict(s), files=hashes, versions=versions, command=shlex.join(sys.argv),
+                date=datetime.now().astimezone().isoformat(timespec="seconds"))  # fmt: skip
+    return json.loads(json.dumps(made))  # lists for tuples, as in config.json
 
 
 def remove(folder: Path) -> None:
@@ -638,7 +638,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         if rank == 0:
             save()
         raise
-    bar.close()
+    finally:
+        bar.close()
 
 
 def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:

@@ -2,6 +2,7 @@
 project, for those who have them."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,8 +91,8 @@ def failure(capsys) -> Callable[[Callable[[], None]], str]:
     def run(main: Callable[[], None]) -> str:
         with pytest.raises(SystemExit) as stopped:
             command_line(main)
-        error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
-        assert stopped.value.code == 2 and error.startswith("error: ") and "\n" not in error
+        error = re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]  # there may be bars before
+        assert stopped.value.code == 2 and error.startswith("error: ")
         return error
 
     return run
