@@ -590,7 +590,7 @@ def locked(folder: Path) -> AbstractContextManager:
     path = folder.resolve()  # the lock's file is beside it, as --fresh replaces the folder
     lock = portalocker.PidFileLock(path.with_name(f".{path.name}.pid"), timeout=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         holder = lock.__enter__()
     except (OSError, portalocker.LockException) as error:
         raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
@@ -605,12 +605,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with uninterrupted():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written; is there no room? {reason(error)}") from error
 
 

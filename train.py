@@ -23,6 +23,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ from eval import (
 )
 from lora import load_loralib
 from model import InputError, Transformer, checkpoint_folder, locate, read_config
-from molex import MoLExConfig, gate_parameters, sum_over_ranks
+from molex import MoLExConfig, gate_parameters
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -372,8 +373,6 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
-CHECKPOINT_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors*",
-                    "pytorch_model.bin")  # fmt: skip
 
 
 def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -> dict[str, float]:
@@ -487,12 +486,12 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def origin(s: Settings) -> dict:
-    """What a run is made of: its settings, the SHA-256 of each file that it reads (not of the hub's
-    data sets), versions, command and date. For origin.json and last.pt."""
+    """What a run is made of, for origin.json and last.pt: settings, SHA-256 of the files it reads
+    (not of what comes from the hub's data sets), versions, command and date."""
     home, model, data = Path(__file__).parent, checkpoint_folder(s.model), locate(s.data or "")
-    files = [f for kind in CHECKPOINT_FILES for f in sorted(model.glob(kind))]
-    if s.init:
-        files += [f for f in (Path(s.init), Path(s.init, "adapter.safetensors")) if f.is_file()]
+    kinds = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors*",
+             "pytorch_model.bin")  # fmt: skip
+    files = sorted(f for kind in kinds for f in model.glob(kind))
     if s.data and s.task in GLUE:
         files += [glue_file(data, s.task, split) for split in ("train", *GLUE[s.task].dev)]
     elif s.data:
@@ -510,14 +509,6 @@ def origin(s: Settings) -> dict:
     return json.loads(json.dumps(made))  # lists for tuples, as in config.json
 
 
-def remove(folder: Path) -> None:
-    """Renamed first: a kill leaves a whole run or none."""
-    gone = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)  # where a kill has left one
-    if folder.exists():
-        shutil.rmtree(folder.rename(gone))
-
-
 def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
     """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
     first what is there. Raises InputError if another process is at it, if last.pt has another
@@ -527,16 +518,18 @@ def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) 
     rank, processes = world()
     with locked(folder) if rank == 0 else nullcontext():
         if rank == 0 and fresh:
-            remove(folder)
+            removed = folder.with_name(f".{folder.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)  # where a kill has left one
+            folder.rename(removed)  # at once: a kill leaves the whole run or none of it
+            folder.mkdir()
+            shutil.rmtree(removed)
         if processes > 1:
             dist.barrier()
-        # Several processes hold signals back until all of them stop, at the same step.
-        with uninterrupted() if processes > 1 else nullcontext([]) as signals:
-            fit(s, folder, model, examples, dev, signals)
+        fit(s, folder, model, examples, dev)
 
 
 def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
-        dev: dict[str, list[Example]], signals: list[int]) -> None:  # fmt: skip
+        dev: dict[str, list[Example]]) -> None:  # fmt: skip
     """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
     device, rank, lengths = model.embed.weight.device, world()[0], [len(e) for e in examples]
     per_epoch = -(-len(examples) // s.batch_size)
@@ -579,11 +572,9 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         for n, loss in enumerate(losses, step - len(losses)):
             loss_sum += loss.item()
             if not math.isfinite(loss_sum) or broken and n + 1 == step:
-                raise InputError(
-                    f"{folder}: no finite loss or weights after step {n + 1} (batch"
-                    f" {n % per_epoch + 1} of epoch {n // per_epoch + 1}); try --fresh with a"
-                    " smaller --lr, and look at the data"
-                )
+                where = f"step {n + 1} (batch {n % per_epoch + 1} of epoch {n // per_epoch + 1})"
+                raise InputError(f"{folder}: no finite loss or weights after {where}; look at the"
+                                 " data, or try --fresh with a smaller --lr")  # fmt: skip
         losses.clear()
 
     def save() -> None:
@@ -617,8 +608,6 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                 if rank == 0 and now - saved > SAVE_SECONDS:
                     save()
                     saved = now
-                if step % 25 == 0 and sum_over_ranks(torch.tensor(len(signals), device=device)):
-                    raise KeyboardInterrupt
             if rank == 0:
                 found = dev_scores(model, dev, s)
                 entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
@@ -776,6 +765,8 @@ def main() -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        for n in (signal.SIGINT, signal.SIGTERM) if world()[0] else ():
+            signal.signal(n, signal.SIG_IGN)  # the first saves the state, after a step of all
     for s in runs:
         run(s, args.out, args.fresh, device)
     if world()[0] == 0:

@@ -52,6 +52,10 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how many, see test_kills.py")
+
+
 def need_shared(name: str) -> Path:
     """The path of `name` in ../shared; skips the test, saying why, where it is missing."""
     if not (SHARED / name).exists():

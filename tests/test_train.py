@@ -622,7 +622,7 @@ def test_a_kill_while_an_old_run_is_removed_leaves_none_of_it(short, monkeypatch
         m.setattr(train.shutil, "rmtree", dies)
         with pytest.raises(Killed):
             run_main(m, command(tmp_path), "--fresh")
-    assert not folder.exists()
+    assert not [*folder.iterdir()]
     run_main(monkeypatch, command(tmp_path, "--fresh --lr 0.5"))
     assert json.loads((folder / "scores.json").read_text())["step"] <= 6
     assert [f.name for f in tmp_path.iterdir()] == [folder.name]  # and no rest of the old one
