@@ -570,13 +570,12 @@ def cast_frozen(model: Transformer) -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM wait until the end of the block. Yields those that have come."""
-    come: list[int] = []
-    signals = signal.SIGINT, signal.SIGTERM
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block."""
+    come, signals = [], (signal.SIGINT, signal.SIGTERM)
     before = {n: signal.signal(n, lambda n, _: come.append(n)) for n in signals}
     try:
-        yield come
+        yield
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)

@@ -10,9 +10,10 @@
     torchrun --nproc-per-node 4 train.py --model gpt2-medium --task e2e      data parallel
 
 Every setting has a flag (`--help`); what is not given comes from the paper. A run is a folder,
-runs/<model>-<task>-<method>-s<seed>/: config.json, metrics.jsonl, adapter.safetensors (the trained
-tensors of the best epoch), last.pt, predictions.tsv, scores.json, samples.txt and, for MoLEx,
-routes.json and routes.png. The same command again resumes a killed run and keeps a finished one.
+runs/<model>-<task>-<method>-s<seed>/: config.json, origin.json (hashes of what was read, versions,
+command, date), metrics.jsonl, adapter.safetensors (the trained tensors of the best epoch), last.pt,
+predictions.tsv, scores.json, samples.txt and, for MoLEx, routes.json and routes.png. The same
+command again resumes a run that was killed or stopped and keeps a finished one.
 """
 
 import argparse
