@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import eval as evaluation
 import train
@@ -83,6 +85,7 @@ def run(argv: list[str], home: Path, save_seconds: float, aim: tuple | None) -> 
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # even if started in the background
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill leaves behind
     train.SAVE_SECONDS, sys.argv = save_seconds, argv
     replace, renames = os.replace, []
 
