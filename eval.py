@@ -586,15 +586,17 @@ def uninterrupted() -> Iterator[None]:
 def locked(folder: Path) -> AbstractContextManager:
     """A lock on a run folder, which ends with its process, however that ends. Raises InputError if
     another process has it, or if there can be no such folder."""
-    path = folder.resolve()  # the lock's file is beside it, as --fresh replaces the folder
-    lock = portalocker.PidFileLock(path.with_name(f".{path.name}.pid"), timeout=0)
+    path = folder.resolve()
+    file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
+    lock = portalocker.TemporaryFileLock(file, timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        holder = lock.__enter__()
+        print(os.getpid(), file=lock.acquire(), flush=True)
+    except portalocker.AlreadyLocked:
+        holder = file.read_text().strip()
+        raise InputError(f"{folder} is in use by process {holder}; wait for its end") from None
     except (OSError, portalocker.LockException) as error:
         raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
-    if holder:
-        raise InputError(f"{folder} is in use by process {holder}; wait for its end")
     return lock
 
 

@@ -645,7 +645,8 @@ def test_a_second_process_is_told_of_the_first(short, monkeypatch, failure, tmp_
         main_of_script = evaluation.main
     holder = multiprocessing.get_context("fork").Process(target=hold, args=(folder,))
     holder.start()
-    while not [*tmp_path.glob(".*.pid")]:
+    lock = tmp_path / f".{folder.name}.lock"
+    while not (lock.exists() and lock.read_text()):
         time.sleep(0.01)
     assert f"is in use by process {holder.pid}" in failure(main_of_script)
     holder.kill()  # and the system ends the lock
