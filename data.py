@@ -169,6 +169,15 @@ def is_tokenized(folder: str | Path | None) -> bool:
     return (locate(folder) / E2E_TOKENIZED["train"]).exists()
 
 
+def e2e_file(folder: str | Path, split: str) -> Path:
+    """The file of a split. Raises InputError if it is not there."""
+    path = locate(folder) / (E2E_TOKENIZED if is_tokenized(folder) else E2E_FILES)[split]
+    if not path.is_file():
+        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())},"
+                         f" or {', '.join(E2E_TOKENIZED.values())} of the LoRA code")  # fmt: skip
+    return path
+
+
 def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
     """(MR, reference) pairs of one split ("train", "dev", "test") from the official CSV files in
     `folder`, from the LoRA paper's text files there, or from the challenge's repository if None.
@@ -177,10 +186,7 @@ def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
         url = E2E_HUB + E2E_FILES[split]
         table = _from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         return list(zip(table["mr"], table["ref"], strict=True))
-    path = locate(folder) / (E2E_TOKENIZED if is_tokenized(folder) else E2E_FILES)[split]
-    if not path.is_file():
-        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())},"
-                         f" or {', '.join(E2E_TOKENIZED.values())} of the LoRA code")  # fmt: skip
+    path = e2e_file(folder, split)
     pairs, lines = [], _read_lines(path)
     if is_tokenized(folder):
         rows = (dict(zip(("mr", "ref", None), line.split("||"), strict=False)) for line in lines)
@@ -371,6 +377,18 @@ def encode_alpaca(
     if not examples:
         raise InputError(f"no prompt fits into {limit} tokens; raise --max-length")
     return examples
+
+
+def data_files(task: str, data: str | Path | None) -> list[Path]:
+    """The files that a run reads, none if they come from the hub. Raises InputError if one is not
+    there."""
+    if data is None:
+        return []
+    if task == "alpaca":
+        return [locate(data)]
+    if task == "e2e":
+        return [e2e_file(data, split) for split in E2E_FILES]
+    return [glue_file(data, task, split) for split in ("train", *GLUE[task].dev)]
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -23,15 +23,17 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import portalocker
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
@@ -567,11 +569,48 @@ def cast_frozen(model: Transformer) -> None:
                 m.to(torch.bfloat16)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block."""
+    come, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda n, _: come.append(n)) for n in signals}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+        for n in come:
+            signal.raise_signal(n)
+
+
+def locked(folder: Path) -> AbstractContextManager:
+    """A lock on a run folder, which ends with its process, however that ends. Raises InputError if
+    another process has it, or if there can be no such folder."""
+    path = folder.resolve()
+    file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
+    lock = portalocker.TemporaryFileLock(file, timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        print(os.getpid(), file=lock.acquire(), flush=True)
+    except portalocker.AlreadyLocked:
+        holder = file.read_text().strip()
+        raise InputError(f"{folder} is in use by process {holder}; wait for its end") from None
+    except (OSError, portalocker.LockException) as error:
+        raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
+    return lock
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill leaves the old file or the new one whole."""
+    """Call write(temporary path), then rename: a kill leaves the old file or the new one whole.
+    So does a full disk or a missing permission, which raises InputError."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with uninterrupted():
+            write(temporary)
+            os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written; is there no room? {reason(error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -677,26 +716,32 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     """Score a run's best epoch, on the dev set of GLUE or Alpaca or the test set of E2E.
 
     Writes predictions.tsv (not for Alpaca), samples.txt (five outputs beside what is right),
-    routes.json and routes.png (which layer ran where, MoLEx only) and scores.json, and returns the
-    scores.
+    routes.json and routes.png (which layer ran where, MoLEx only) and scores.json, by which a run
+    is finished, and returns the scores. What an unfinished run has goes to a folder within it.
     """
     model, tokenizer, config = load_run(folder, device)
     trained = trained_tensors(model).items()
     trainable = sum(p.numel() for n, p in trained if n not in task_head(model))
-    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    scores = best_epoch([*log], config["task"]) | dict(trainable=trainable)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = min(config["epochs"] * log[0]["step"], config["max_steps"] or math.inf)
+    out = folder
+    if log[-1]["step"] < steps:
+        out = folder / "unfinished"
+        print(f"{folder} is unfinished, {log[-1]['step']} of {steps} steps; see {out}")
+    scores = best_epoch(log, config["task"]) | dict(trainable=trainable)
     if config["task"] == "e2e":  # elsewhere, to the last bit what was measured in training
         merge(model)
     cast_frozen(model)
     evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(config["task"], evaluate_glue)
-    scores |= evaluate(model, tokenizer, config, folder)
-    if config["task"] == "alpaca":
-        scores |= {f"{name}_ppl": math.exp(scores[f"{name}_loss"]) for name in ("train", "dev")}
-    if isinstance(model.layers, MoLEx):
-        shares = model.layers.shares()
-        write_text(folder / "routes.json", json.dumps(shares.tolist()) + "\n")
-        plot_routes({folder.name: shares}, folder / "routes.png")
-    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    with locked(out):
+        scores |= evaluate(model, tokenizer, config, out)
+        if config["task"] == "alpaca":
+            scores |= {f"{name}_ppl": math.exp(scores[f"{name}_loss"]) for name in ("train", "dev")}
+        if isinstance(model.layers, MoLEx):
+            shares = model.layers.shares()
+            write_text(out / "routes.json", json.dumps(shares.tolist()) + "\n")
+            plot_routes({folder.name: shares}, out / "routes.png")
+        write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
 
@@ -807,7 +852,7 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
         panel.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
         panel.set_title(name.replace("/", "\n"), fontsize=8)
     figure.colorbar(image, ax=axes, label="% of sequences")
-    figure.savefig(path, dpi=150)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
 
 
@@ -815,15 +860,21 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
 
 
 def command_line(main: Callable[[], None]) -> None:
-    """Run main; an InputError becomes one line on stderr and exit code 2."""
+    """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
+    Ctrl-C, in order; the exit code is then 143, or 130."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
 
 
 class Parser(argparse.ArgumentParser):

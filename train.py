@@ -10,21 +10,30 @@
     torchrun --nproc-per-node 4 train.py --model gpt2-medium --task e2e      data parallel
 
 Every setting has a flag (`--help`); what is not given comes from the paper. A run is a folder,
-runs/<model>-<task>-<method>-s<seed>/: config.json, metrics.jsonl, adapter.safetensors (the trained
-tensors of the best epoch), last.pt, predictions.tsv, scores.json, samples.txt and, for MoLEx,
-routes.json and routes.png. The same command again resumes a killed run and keeps a finished one.
+runs/<model>-<task>-<method>-s<seed>/: config.json, origin.json (hashes of what was read, versions,
+command, date), metrics.jsonl, adapter.safetensors (the trained tensors of the best epoch), last.pt,
+predictions.tsv, scores.json, samples.txt and, for MoLEx, routes.json and routes.png. The same
+command again resumes a run that was killed or stopped and keeps a finished one.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import time
 import tomllib
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -37,11 +46,11 @@ from data import (
     GLUE,
     Example,
     Tokenizer,
+    data_files,
     e2e_prompt,
     encode_alpaca,
     encode_glue,
     encode_pairs,
-    glue_file,
     is_tokenized,
     read_alpaca,
     read_e2e,
@@ -58,6 +67,7 @@ from eval import (
     dev_loss,
     evaluate_run,
     glue_scores,
+    locked,
     paired_bootstrap,
     pick_device,
     read_predictions,
@@ -65,6 +75,7 @@ from eval import (
     summed_loss,
     task_head,
     trained_tensors,
+    uninterrupted,
     write_atomic,
     write_text,
 )
@@ -292,9 +303,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     for task in tasks:
         pair, theirs = [], preset(shape, task)[0]
         data = args.data or theirs.get("data")
-        if data is not None and task in GLUE:
-            for split in ("train", *GLUE[task].dev):
-                glue_file(data, task, split)  # before the first run begins
+        data_files(task, data)  # they are there, before the first run begins
         if task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
             theirs = theirs | dict(dropout=config.dropout)
         if task == "e2e":
@@ -483,94 +492,164 @@ def read_data(
     return train, {"dev": dev}
 
 
-def train(s: Settings, folder: Path, device: torch.device) -> None:
-    """Train one run in its folder, from its beginning or from last.pt, to its end."""
+def differences(then: dict, now: dict) -> list[str]:
+    """The names that have another value; "differs" follows from the other settings."""
+    names = [name for name in then | now if name != "differs"]
+    return [name for name in names if then.get(name) != now.get(name)]
+
+
+def origin(s: Settings) -> dict:
+    """What a run is made of, for origin.json and last.pt: settings, SHA-256 of the files it reads
+    (not of what comes from the hub's data sets), versions, command and date."""
+    home, model = Path(__file__).parent, checkpoint_folder(s.model)
+    kinds = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors*",
+             "pytorch_model.bin")  # fmt: skip
+    files = sorted(f for kind in kinds for f in model.glob(kind))
+    hashes = {}
+    for path in files + data_files(s.task, s.data):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    git = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    known = (home / ".git").exists() and shutil.which("git")
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, commit=commit)
+    made = dict(settings=asdict(s), files=hashes, versions=versions, command=shlex.join(sys.argv),
+                date=datetime.now().astimezone().isoformat(timespec="seconds"))  # fmt: skip
+    return json.loads(json.dumps(made))  # lists for tuples, as in config.json
+
+
+def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
+    """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
+    first what is there. Raises InputError if another process is at it, if last.pt has another
+    origin, or if the loss is no longer a number; the last state stays."""
     model, tokenizer = prepare(s, device)
-    limit = min(s.max_length, model.config.max_positions)
-    examples, dev = read_data(s, tokenizer, limit)
-    lengths = [len(e) for e in examples]
+    examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+    rank, processes = world()
+    with locked(folder) if rank == 0 else nullcontext():
+        if rank == 0 and fresh:
+            removed = folder.with_name(f".{folder.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)  # where a kill has left one
+            folder.rename(removed)  # at once: a kill leaves the whole run or none of it
+            folder.mkdir()
+            shutil.rmtree(removed)
+        if processes > 1:
+            dist.barrier()
+        fit(s, folder, model, examples, dev)
+
+
+def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
+        dev: dict[str, list[Example]]) -> None:  # fmt: skip
+    """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
+    device, rank, lengths = model.embed.weight.device, world()[0], [len(e) for e in examples]
     counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
     batch_size = s.batch_size * s.batch_times
     per_epoch = -(-len(examples) // batch_size)
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
-    tensors, (rank, _) = trained_tensors(model), world()
+    tensors, made = trained_tensors(model), origin(s)
 
-    step, seconds, log, loss_sum = 0, 0.0, [], torch.zeros((), device=device)
-    last = folder / "last.pt"
+    step, seconds, log, loss_sum = 0, 0.0, [], 0.0
+    losses: list[Tensor] = []  # of the steps since `settle`
+    last, config = folder / "last.pt", folder / "config.json"
     if last.exists():
         state = torch.load(last, weights_only=True, map_location="cpu")
+        then = state.get("origin", dict(settings={}, files={}, versions={}))
+        other = [n for part in ("settings", "files") for n in differences(then[part], made[part])]
+        if other or not config.exists():
+            raise InputError(f"{last} is of a run with another {', '.join(other or ['folder'])};"
+                             " put that back, or pass --fresh to start anew")  # fmt: skip
         with torch.no_grad():
             for n, p in tensors.items():
                 p.copy_(state["tensors"][n])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
-        loss_sum.fill_(state["loss_sum"])
+        loss_sum = state["loss_sum"]
         if rank == 0:  # the other processes go on with dropout of their own
+            for n in differences(then["versions"], made["versions"]):
+                print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
             torch.set_rng_state(state["rng"])
             if device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], device)
+        made = then
     elif rank == 0:  # all that the run needs has been read: from here on there is a folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")
+        write_text(folder / "origin.json", json.dumps(made, indent=2) + "\n")
+        write_text(config, json.dumps(asdict(s), indent=2) + "\n")
+
+    def settle() -> None:
+        """Add up the losses since the last call. They, and at last the weights, must be finite."""
+        nonlocal loss_sum
+        broken = not torch.stack([p.isfinite().all() for p in tensors.values()]).all()
+        for n, loss in enumerate(
+            torch.stack(losses).tolist() if losses else [], step - len(losses)
+        ):
+            loss_sum += loss
+            if not math.isfinite(loss_sum) or broken and n + 1 == step:
+                where = f"step {n + 1} (batch {n % per_epoch + 1} of epoch {n // per_epoch + 1})"
+                raise InputError(f"{folder}: no finite loss or weights after {where}; look at the"
+                                 " data, or try --fresh with a smaller --lr")  # fmt: skip
+        losses.clear()
 
     def save() -> None:
+        settle()
         state = dict(
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(), step=step, seconds=seconds, log=log,
-            loss_sum=loss_sum.item(), rng=torch.get_rng_state(),
+            schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
+            rng=torch.get_rng_state(), origin=made,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
         write_atomic(last, lambda path: torch.save(state, path))
 
     bar = tqdm(total=steps, initial=step, desc=s.name, disable=rank != 0)
     saved = started = time.perf_counter()
-    while step < steps:
-        epoch, place = divmod(step, per_epoch)
-        batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
-        for batch in batches[place : place + steps - step]:
-            loss_sum += train_step(model, optimizer, [examples[i] for i in batch], s)
-            schedule.step()
-            step += 1
-            bar.update()
-            place += 1
-            if step % 25 == 0:
-                bar.set_postfix(loss=f"{loss_sum.item() / place:.3f}")
-            now = time.perf_counter()
-            if rank == 0 and now - saved > SAVE_SECONDS and place < len(batches) and step < steps:
-                seconds, started, saved = seconds + now - started, now, now
-                save()
-        train_loss = loss_sum.item() / place
-        loss_sum.zero_()
-        if rank == 0:
-            seconds += time.perf_counter() - started
-            dev_result = dev_scores(model, dev, s)
-            entry = dict(epoch=epoch + 1, step=step, train_loss=train_loss, **dev_result,
-                         seconds_per_step=seconds / step, examples=counts)  # fmt: skip
-            log.append(entry)
-            if entry is best_epoch(log, s.task):
-                best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
-                write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
-            write_text(folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in log))
-            save()  # last: a kill before it repeats the epoch's end and writes the others again
-            found = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in dev_result.items())
-            bar.write(f"epoch {epoch + 1}: train loss {train_loss:.4f}, {found}")
+    try:
+        for epoch in range(len(log), -(-steps // per_epoch)):
+            batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
+            place = step - epoch * per_epoch
+            loss_sum *= place > 0
+            for batch in batches[place : place + steps - step]:
+                with uninterrupted():
+                    losses.append(train_step(model, optimizer, [examples[i] for i in batch], s))
+                    schedule.step()
+                    step, place = step + 1, place + 1
+                    bar.update()
+                    if step % 25 == 0 or place == per_epoch or step == steps:
+                        settle()
+                        bar.set_postfix(loss=f"{loss_sum / place:.3f}")
+                    now = time.perf_counter()
+                    seconds, started = seconds + now - started, now
+                if rank == 0 and now - saved > SAVE_SECONDS:
+                    save()
+                    saved = now
+            if rank == 0:
+                found = dev_scores(model, dev, s)
+                entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
+                             seconds_per_step=seconds / step, examples=counts)  # fmt: skip
+                entries = [*log, entry]
+                if entry is best_epoch(entries, s.task):
+                    best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
+                    write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
+                lines = [json.dumps(e) + "\n" for e in entries]
+                write_text(folder / "metrics.jsonl", "".join(lines))
+                log = entries  # not before: a signal until here repeats the epoch's end
+                save()  # last: a kill before it does so too
+                text = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in found.items())
+                bar.write(f"epoch {epoch + 1}: train loss {entry['train_loss']:.4f}, {text}")
             started = saved = time.perf_counter()
-    bar.close()
+    except KeyboardInterrupt:
+        if rank == 0:
+            save()
+        raise
+    finally:
+        bar.close()
 
 
 def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     """Train and evaluate one run, or what is left of it; returns its folder."""
-    folder, (rank, processes) = out / s.name, world()
-    if rank == 0 and fresh and folder.exists():
-        shutil.rmtree(folder)
-    if processes > 1:
-        dist.barrier()
-    if (folder / "config.json").exists():
+    folder, (rank, _) = out / s.name, world()
+    if os.path.exists(folder / "config.json") and not fresh:
         old = json.loads((folder / "config.json").read_text())
-        new = json.loads(json.dumps(asdict(s)))  # tuples become lists there
-        if changed := [n for n in new if old.get(n) != new[n] and n != "differs"]:
+        if changed := differences(old, json.loads(json.dumps(asdict(s)))):
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
                 " it or --out DIR to keep both"
@@ -580,9 +659,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
             print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
             return folder
-    if processes > 1:
-        dist.barrier()  # nobody writes before everybody has looked
-    train(s, folder, device)
+    train(s, folder, device, fresh)
     if rank == 0:
         evaluate_run(folder, device)
     return folder
@@ -708,6 +785,8 @@ def main() -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        for n in (signal.SIGINT, signal.SIGTERM) if world()[0] else ():
+            signal.signal(n, signal.SIG_IGN)  # the first saves the state, after a step of all
     if world()[0] == 0 and (borrowed := preset(runs[0].shape, runs[0].task)[1]):
         print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
     for s in runs:

@@ -2,6 +2,7 @@
 project, for those who have them."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,10 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how many, see test_kills.py")
+
+
 def need_shared(name: str) -> Path:
     """The path of `name` in ../shared; skips the test, saying why, where it is missing."""
     if not (SHARED / name).exists():
@@ -90,8 +95,8 @@ def failure(capsys) -> Callable[[Callable[[], None]], str]:
     def run(main: Callable[[], None]) -> str:
         with pytest.raises(SystemExit) as stopped:
             command_line(main)
-        error = capsys.readouterr().err.strip().split("\r")[-1]  # a bar before it has been wiped
-        assert stopped.value.code == 2 and error.startswith("error: ") and "\n" not in error
+        error = re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]  # there may be bars before
+        assert stopped.value.code == 2 and error.startswith("error: ")
         return error
 
     return run

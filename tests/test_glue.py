@@ -614,8 +614,8 @@ def mnli(roberta, glue, tmp_path_factory) -> dict[bool, Path]:
 def test_scores_are_those_of_the_best_epoch(mnli, glue, molex):
     folder = mnli[molex]
     assert sorted(f.name for f in folder.iterdir()) == [
-        "adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "predictions.tsv",
-        *["routes.json"] * molex, "samples.txt", "scores.json",
+        "adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "origin.json",
+        "predictions.tsv", *["routes.json"] * molex, "samples.txt", "scores.json",
     ]  # fmt: skip
     log, scores = log_of(folder), json.loads((folder / "scores.json").read_text())
     best = [e for e in log if e["accuracy"] == max(e["accuracy"] for e in log)][0]

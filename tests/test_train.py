@@ -4,19 +4,27 @@ They train nano/gpt2 on nano/e2e for a few steps.
 """
 
 import csv
+import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import get_linear_schedule_with_warmup
 
 import eval as evaluation
@@ -254,8 +262,8 @@ def compared(tmp_path_factory):
 
 def test_a_run_leaves_its_files(compared):
     out, stdout = compared
-    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "predictions.tsv",
-              "samples.txt", "scores.json"]  # fmt: skip
+    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "origin.json",
+              "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
     lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
     assert sorted(f.name for f in lora.iterdir()) == common
     assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.json", "routes.png"])
@@ -512,6 +520,298 @@ def test_two_processes_equal_one(tmp_path):
     gate = one["tensors"]["layers.gates.0.weight"]
     start = trained_tensors(prepare(settings("--learn-alpha"), CPU)[0])["layers.gates.0.weight"]
     assert (gate - start).abs().max() > 0.05  # far enough for the test to mean something
+
+
+# ------------------------------------------------------------------------- runs that can be trusted
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as SIGKILL does: nothing handles it."""
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Two steps an epoch, and no METEOR."""
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    names = ("bleu", "nist", "meteor", "rouge_l", "cider")
+    monkeypatch.setattr(evaluation, "e2e_scores", lambda *_: dict.fromkeys(names, 0.5))
+
+
+def stop_in_step(monkeypatch, n: int, stop) -> None:
+    """Call `stop` in the n-th call of train_step from now on, when its work is done."""
+    step, calls = train.train_step, []
+
+    def train_step(*args):
+        calls.append(step(*args))
+        return stop(*args) if len(calls) == n else calls[-1]
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def kill(*_):
+    raise Killed
+
+
+def command(folder: Path, flags: str = "") -> str:
+    return f"--model nano/gpt2 --no-molex --epochs 3 {SHORT} --out {folder} {flags}"
+
+
+def killed_run(monkeypatch, out: Path, flags: str = "") -> Path:
+    """The folder of a run that is killed in its second epoch."""
+    with monkeypatch.context() as m:
+        stop_in_step(m, 3, kill)
+        with pytest.raises(Killed):
+            run_main(m, command(out, flags))
+    return out / "nano-gpt2-e2e-lora-s0"
+
+
+def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path, capsys):
+    folder = killed_run(monkeypatch, tmp_path)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
+    evaluation.main()
+    said = capsys.readouterr().out
+    assert "unfinished, 2 of 6 steps" in said and "BLEU" in said
+    assert sorted(folder.iterdir()) == sorted([*before, folder / "unfinished"])
+    run_main(monkeypatch, command(tmp_path))
+    assert "resumed" in capsys.readouterr().out
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 6
+    assert (folder / "scores.json").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_step(short, monkeypatch, failure, tmp_path):
+    """Not only where losses are looked at: the third step of an epoch of two."""
+    stop_in_step(monkeypatch, 3, lambda *_: torch.tensor(math.nan))
+    error = failure(lambda: run_main(monkeypatch, command(tmp_path)))
+    assert "step 3 (batch 1 of epoch 2)" in error and "--lr" in error
+    folder = tmp_path / "nano-gpt2-e2e-lora-s0"
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
+    assert not (folder / "scores.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(short, monkeypatch, failure, tmp_path):
+    def spoil(model, *_):
+        next(iter(trained_tensors(model).values())).data[0, 0] = math.inf
+        return torch.tensor(1.0)
+
+    stop_in_step(monkeypatch, 4, spoil)
+    assert "step 4 (batch 2" in failure(lambda: run_main(monkeypatch, command(tmp_path)))
+    folder = tmp_path / "nano-gpt2-e2e-lora-s0"
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_learning_rate_beyond_reason_ends_in_one_line(short, monkeypatch, failure, tmp_path):
+    flags = "--lr 1e6 --warmup 1 --epochs 15"
+    error = failure(lambda: run_main(monkeypatch, command(tmp_path, flags)))
+    assert "no finite loss or weights" in error
+
+
+def test_the_origin_of_a_run_is_recorded(short, monkeypatch, tmp_path):
+    folder = killed_run(monkeypatch, tmp_path)
+    origin = json.loads((folder / "origin.json").read_text())
+    files = [ROOT / "nano/gpt2" / n for n in ("config.json", "vocab.json", "merges.txt")]
+    files += [ROOT / "nano/gpt2/model.safetensors"]
+    files += [ROOT / "nano/e2e" / f"{n}.csv" for n in ("trainset", "devset", "testset_w_refs")]
+    assert origin["files"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    assert origin["versions"]["torch"] == torch.__version__
+    assert origin["command"].startswith("train.py --model nano/gpt2")
+    assert datetime.fromisoformat(origin["date"]).tzinfo is not None
+    assert origin["settings"] == json.loads((folder / "config.json").read_text())
+    assert torch.load(folder / "last.pt", weights_only=True)["origin"] == origin
+
+
+@pytest.mark.parametrize("name", ["data/devset.csv", "model/merges.txt"])
+def test_other_data_or_another_checkpoint_stop_a_resumption(
+    short, monkeypatch, failure, tmp_path, name
+):
+    shutil.copytree(ROOT / "nano/gpt2", tmp_path / "model")
+    shutil.copytree(ROOT / "nano/e2e", tmp_path / "data")
+    flags = f"--model {tmp_path / 'model'} --data {tmp_path / 'data'}"
+    flags = command(tmp_path / "runs", flags)
+    with monkeypatch.context() as m:
+        stop_in_step(m, 3, kill)
+        with pytest.raises(Killed):
+            run_main(m, flags)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.rstrip("\n"))
+    error = failure(lambda: run_main(monkeypatch, flags))
+    assert f"another {Path(name).name};" in error and "--fresh" in error
+    with monkeypatch.context() as m:
+        m.setattr(train, "fit", lambda *_: None)
+        m.setattr(train, "evaluate_run", kill)
+        with pytest.raises(Killed):  # --fresh starts anew
+            run_main(m, flags, "--fresh")
+    assert not [*(tmp_path / "runs").glob("*/last.pt")]
+
+
+def test_what_was_changed_and_put_back_resumes_and_versions_are_told(
+    short, monkeypatch, tmp_path, capsys
+):
+    killed_run(monkeypatch, tmp_path)
+    monkeypatch.setattr(train.platform, "python_version", lambda: "4.0")
+    run_main(monkeypatch, command(tmp_path))
+    assert "python was 3." in (said := capsys.readouterr().out) and "is now 4.0" in said
+
+
+@pytest.mark.parametrize("how", ["no config.json", "another run's config.json"])
+def test_a_state_is_never_taken_for_another_runs(short, monkeypatch, failure, tmp_path, how):
+    folder = killed_run(monkeypatch, tmp_path)
+    (folder / "config.json").unlink()
+    if how != "no config.json":
+        config = asdict(settings(f"--epochs 3 {SHORT} --lr 0.5", molex=False))
+        (folder / "config.json").write_text(json.dumps(config))
+    flags = command(tmp_path, "" if how == "no config.json" else "--lr 0.5")
+    before = (folder / "last.pt").read_bytes()
+    error = failure(lambda: run_main(monkeypatch, flags))
+    assert "last.pt is of a run with another" in error and "--fresh" in error
+    assert (folder / "last.pt").read_bytes() == before
+
+
+def test_a_kill_while_an_old_run_is_removed_leaves_none_of_it(short, monkeypatch, tmp_path):
+    folder = killed_run(monkeypatch, tmp_path)
+
+    def dies(path, **_):
+        if Path(path).exists():
+            (Path(path) / "config.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(train.shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            run_main(m, command(tmp_path), "--fresh")
+    assert not [*folder.iterdir()]
+    run_main(monkeypatch, command(tmp_path, "--fresh --lr 0.5"))
+    assert json.loads((folder / "scores.json").read_text())["step"] <= 6
+    assert [f.name for f in tmp_path.iterdir()] == [folder.name]  # and no rest of the old one
+
+
+def test_bad_input_removes_no_run(short, monkeypatch, failure, tmp_path):
+    folder = killed_run(monkeypatch, tmp_path)
+    failure(lambda: run_main(monkeypatch, command(tmp_path), "--fresh --max-length 10"))
+    assert (folder / "last.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_a_second_process_is_told_of_the_first(short, monkeypatch, failure, tmp_path, script):
+    flags = command(tmp_path, "--epochs 1")
+    folder = tmp_path / "nano-gpt2-e2e-lora-s0"
+    main_of_script = lambda: run_main(monkeypatch, flags)  # noqa: E731
+    if script == "eval.py":
+        main_of_script()
+        monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
+        main_of_script = evaluation.main
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(folder,))
+    holder.start()
+    lock = tmp_path / f".{folder.name}.lock"
+    while not (lock.exists() and lock.read_text()):
+        time.sleep(0.01)
+    assert f"is in use by process {holder.pid}" in failure(main_of_script)
+    holder.kill()  # and the system ends the lock
+    holder.join()
+    main_of_script()
+    assert not [*tmp_path.glob(".*")]
+
+
+def hold(folder: Path) -> None:
+    with evaluation.locked(folder):
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "runs"])
+def test_no_folder_where_a_file_is(short, monkeypatch, failure, tmp_path, out):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/nano-gpt2-e2e-lora-s0").write_text("text")
+    error = failure(lambda: run_main(monkeypatch, command(tmp_path / out)))
+    assert str(tmp_path / out) in error and "cannot be" in error
+    assert (tmp_path / "file").read_text() == "text"
+
+
+@contextmanager
+def room(size: int):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: evaluation.write_text(path, "a" * 100_000),
+        lambda path: evaluation.write_atomic(
+            path, lambda p: torch.save(dict(a=torch.ones(50_000)), p)
+        ),
+        lambda path: evaluation.write_atomic(
+            path, lambda p: save_file(dict(a=torch.ones(50_000)), p)
+        ),
+        lambda path: evaluation.plot_routes({"a": torch.rand(40, 40)}, path),
+    ],
+)
+def test_a_full_disk_leaves_the_old_file_and_no_other(failure, tmp_path, write):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with room(5000):
+        error = failure(lambda: write(path))
+    assert f"{path} cannot be written" in error
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_disk_that_fills_up_loses_no_state(short, monkeypatch, failure, tmp_path):
+    """The run goes on from where it was, to the same end."""
+    folder = killed_run(monkeypatch, tmp_path / "killed")
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    with room(5000):
+        assert "cannot be" in failure(lambda: run_main(monkeypatch, command(tmp_path / "killed")))
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    for out in ("killed", "whole"):
+        run_main(monkeypatch, command(tmp_path / out))
+    one, two = (
+        load_file(f / "adapter.safetensors") for f in (folder, tmp_path / "whole" / folder.name)
+    )
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("where", ["train_step", "dev_scores", "torch.save"])
+def test_a_signal_in_training_saves_the_state(
+    short, monkeypatch, tmp_path, capsys, name, code, where
+):
+    """The third step is done to its end, or the dev set is left, and the file written first."""
+    out, number = tmp_path / "killed", getattr(signal, name)
+    owner, attribute = (torch, "save") if "." in where else (train, where)
+    function, calls = getattr(owner, attribute), []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == (3 if where == "train_step" else 2):
+            os.kill(os.getpid(), number)
+        return function(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(owner, attribute, signalled)
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.command_line(lambda: run_main(m, command(out)))
+    assert stopped.value.code == code
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "interrupted" in x]
+    assert "the same command resumes" in line
+    folder = out / "nano-gpt2-e2e-lora-s0"
+    state = torch.load(folder / "last.pt", weights_only=True)
+    steps = {"train_step": (3, 1), "dev_scores": (4, 1), "torch.save": (4, 2)}[where]
+    assert (state["step"], len(state["log"])) == steps
+    for o in (out, tmp_path / "whole"):
+        run_main(monkeypatch, command(o))
+    logs = [
+        (o / folder.name / "metrics.jsonl").read_text().splitlines()
+        for o in (out, tmp_path / "whole")
+    ]
+    logs = [[dict(json.loads(e), seconds_per_step=0) for e in log] for log in logs]
+    assert logs[0] == logs[1]
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
 # ------------------------------------------------------------------------------------- bad input
