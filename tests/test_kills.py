@@ -55,7 +55,7 @@ def start(tmp_path_factory) -> Callable[..., multiprocessing.Process]:
         source = ROOT / "nano" / ("glue" if "/" in name else "e2e") / name
         (data / name).write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["train", "matplotlib.pyplot", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as m:
         m.setenv("PYTHONPATH", str(ROOT))
         m.setenv("OMP_NUM_THREADS", "1")
@@ -73,6 +73,11 @@ def start(tmp_path_factory) -> Callable[..., multiprocessing.Process]:
         return process
 
     return begin
+
+
+def meteor(predictions: list[str], references: list[list[str]]) -> float:
+    """In the place of METEOR, whose Java takes longer than all the rest of a run."""
+    return 0.5
 
 
 def run(argv: list[str], home: Path, save_seconds: float, aim: tuple | None) -> None:
@@ -98,7 +103,7 @@ def run(argv: list[str], home: Path, save_seconds: float, aim: tuple | None) -> 
         if hit and not aim[2]:
             os.kill(os.getpid(), aim[0])
 
-    evaluation.os.replace = aimed
+    evaluation.os.replace, evaluation.meteor = aimed, meteor
 
     def main() -> None:
         Path("begun").touch()
