@@ -473,6 +473,7 @@ def beam_search(
     length_penalty: float = 0.9,
     no_repeat_ngram: int = 4,
     max_new_tokens: int = 64,
+    beam_rule: str = "transformers",
 ) -> list[list[int]]:
     """The best answer to each prompt (token ids in and out, the end token left out).
 
@@ -480,6 +481,10 @@ def beam_search(
     finished ones the first is returned. A prompt is done when its best open beam, scored at its
     present length, is no better than its worst finished one, as in transformers' generate with
     early_stopping=False. no_repeat_ngram=0: off. The defaults are Table 6's.
+
+    beam_rule="lora" searches as the public LoRA code does: a beam that ends keeps its place among
+    the `beams` and is dead, so fewer go on; banned tokens leave the softmax, so that the others
+    share their probability; and it ends when no beam is left (or with the longest answer).
 
     The prompts go through the model once, padded on the left; then their keys and values are
     repeated for every beam (prefill, then replicate). Prompts that are done leave the batch.
@@ -501,13 +506,16 @@ def beam_search(
     prompt_of = list(range(P))  # which prompt each remaining row block answers
     answers: list[list[int]] = [[] for _ in prompts]
 
+    lora = beam_rule == "lora"
     for s in range(1, max_new_tokens + 1):
-        log_p = model.logits(h).float().log_softmax(-1)
+        log_p = model.logits(h).float()
+        log_p = log_p if lora else log_p.log_softmax(-1)
         if no_repeat_ngram:
             log_p = ban_repeats(log_p, open_ids.flatten(0, 1), no_repeat_ngram)
+        log_p = log_p.log_softmax(-1) if lora else log_p
         total = (open_score.flatten()[:, None] + log_p).view(len(open_score), -1)
         # 2 x beams candidates: even if half of them end here, enough are left to go on with
-        score, index = total.topk(2 * beams)
+        score, index = total.topk(beams if lora else 2 * beams)
         beam, token = index // log_p.shape[-1], index % log_p.shape[-1]
         grown = torch.cat([open_ids.gather(1, beam[..., None].expand(-1, -1, s - 1)),
                            token[..., None]], dim=-1)  # fmt: skip
@@ -527,7 +535,7 @@ def beam_search(
         open_score, keep = score.masked_fill(ends, -math.inf).topk(beams)
         beam = beam.gather(1, keep)
         open_ids = grown.gather(1, keep[..., None].expand(-1, -1, s))
-        going = open_score[:, 0] / s**length_penalty > done_score[:, -1]
+        going = open_score[:, 0] / s**length_penalty > (-math.inf if lora else done_score[:, -1])
         going = going.tolist()  # the one word from device to host in a step
         for row, p in enumerate(prompt_of):
             if not going[row]:
@@ -809,7 +817,7 @@ def evaluate_alpaca(
 
 
 def search_settings(config: dict) -> dict[str, float]:
-    names = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
+    names = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "beam_rule")
     return {name: config[name] for name in names}
 
 

@@ -124,6 +124,7 @@ class Settings:
     length_penalty: float = 0.9
     no_repeat_ngram: int = 4
     max_new_tokens: int = 64
+    beam_rule: str = "transformers"
     eval_batch: int = 16
     test_limit: int | None = None
 
@@ -209,6 +210,7 @@ HELP = {
     "length_penalty": "an answer's log-probability is divided by length ** this",
     "no_repeat_ngram": "no n-gram of this size twice in an answer; 0: off",
     "max_new_tokens": "longest answer",
+    "beam_rule": "as transformers searches, or the public LoRA code (lora), see eval.py",
     "eval_batch": "sequences evaluated together",
     "test_limit": "decode only this many meaning representations of the test set",
     "gate": "linear or cosine",
@@ -272,8 +274,8 @@ def make_parser() -> Parser:
             default = getattr(cls, name)
             flag = "--molex-layers" if name == "layers" else "--" + name.replace("_", "-")
             how = dict(type=int if default is None else type(default))
-            if name == "tune":
-                how = dict(choices=[*TUNE])
+            if name in ("tune", "beam_rule"):
+                how = dict(choices=[*TUNE] if name == "tune" else ["transformers", "lora"])
             if name == "layers":
                 how = dict(type=layer_range, metavar="0-11")
             if isinstance(default, bool):
@@ -323,7 +325,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             ))  # fmt: skip
         runs += [replace(s, seed=seed) for seed in args.seeds for s in pair]
     for name, value in given.items():
-        if name in OWN and name != "tune":
+        if name in OWN and not isinstance(value, str):
             least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
             if value < least or ("dropout" in name or "smooth" in name) and value >= 1:
                 raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
@@ -703,7 +705,7 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
     for s in runs:
         name = GLUE[s.task].folder if s.task in GLUE else s.task
         lines += [f"{name}: {n.replace('_', ' ')} {ours} (paper: {theirs})"
-                  for n, (ours, theirs) in s.differs.items()]  # fmt: skip
+                  for n, (ours, theirs) in s.differs.items() if n != "beam_rule"]  # fmt: skip
         if s.init:
             lines.append(f"{name}: starts from {s.init} (paper: the best MNLI run)")
         scores = json.loads((out / s.name / "scores.json").read_text())
@@ -711,6 +713,8 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
             official = PAPER["examples"].get(s.task, {}).get(part, count)
             if count != official:
                 lines.append(f"{name}: {count:,} {part} examples (official data: {official:,})")
+        if s.task == "e2e" and s.beam_rule != "lora":
+            lines.append("e2e: beam rule transformers (paper, probably: lora)")
         if s.task == "e2e" and not is_tokenized(s.data):
             lines.append("e2e: the official text, as people wrote it (paper, probably: the public"
                          " LoRA code's tokenized train.txt, valid.txt and test.txt)")  # fmt: skip

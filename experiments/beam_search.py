@@ -1,8 +1,9 @@
 """The beam search of the public LoRA code against ours (Table 2, section "E2E").
 
-eval.py searches as transformers does. github.com/microsoft/LoRA (gpt2_beam.py, gpt2_decode.py) has
-the same beams, length penalty (log-probability over length ** penalty, the end token counted), ban
-on repeated n-grams of the answer and longest answer. Three rules are others there:
+train.py searches as transformers does or, with --beam-rule lora, as github.com/microsoft/LoRA does
+(gpt2_beam.py), with which the paper's row was most likely decoded. That code has the same beams,
+length penalty (log-probability over length ** penalty, the end token counted), ban on repeated
+n-grams of the answer and longest answer. Three rules are others there:
 
 - The best `beams` continuations are taken, here twice as many. One that ends keeps its place but is
   dead, so fewer beams go on from there; here as many go on as before.
@@ -10,7 +11,7 @@ on repeated n-grams of the answer and longest answer. Three rules are others the
 - All steps are run. Here a search is done when its best open beam, at its present length, is no
   better than the worst of `beams` finished ones.
 
-And "\\n\\n", a token of GPT-2's, ends an answer there, too.
+("\\n\\n", a token of GPT-2's, ends an answer there, too. We leave that out of our rule.)
 
     python experiments/beam_search.py                  small: nano/gpt2 learns E2E for one epoch
     python experiments/beam_search.py runs/gpt2-medium-e2e-* --limit 100               in full
@@ -26,7 +27,6 @@ Measured on the CPU, LoRA code's minus ours, with 10 beams, length penalty 0.9, 
   73.86 for 73.87 (-0.01 points; p = 0.14).
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -38,8 +38,6 @@ from data import clean, e2e_prompt, encode_prompt
 from eval import (
     Parser,
     at_least,
-    autocast,
-    ban_repeats,
     command_line,
     e2e_scores,
     generate,
@@ -49,40 +47,9 @@ from eval import (
     search_settings,
 )
 from lora import merge
-from model import Cache, InputError, Transformer
+from model import InputError
 
 SMALL = ["--no-molex", "--epochs", "1"]
-
-
-@torch.no_grad()
-def public_search(model: Transformer, prompt: list[int], ends: set[int], beams: int,
-                  length_penalty: float, no_repeat_ngram: int, max_new_tokens: int
-                  ) -> list[int]:  # fmt: skip
-    """The LoRA code's answer to one prompt. Any token of `ends` ends it, and is left out."""
-    cache, device = Cache(), model.embed.weight.device
-    h = model.hidden(torch.tensor([prompt], device=device), cache=cache)[:, -1]  # (1, D)
-    row = torch.zeros(beams, dtype=torch.long, device=device)  # which beam each one continues
-    cache.select(row)
-    h, answers = h[row], row.new_empty(beams, 0)
-    score = torch.tensor([0.0] + [-math.inf] * (beams - 1), device=device)
-    best, best_score = [], -math.inf
-    for s in range(1, max_new_tokens + 1):
-        logits = model.logits(h).float()  # (beams, vocabulary)
-        if no_repeat_ngram:
-            logits = ban_repeats(logits, answers, no_repeat_ngram)
-        score, index = (score[:, None] + logits.log_softmax(-1)).flatten().topk(beams)
-        row, token = index // logits.shape[-1], index % logits.shape[-1]
-        answers = torch.cat([answers[row], token[:, None]], dim=1)
-        for i, answer in enumerate(answers.tolist()):
-            if (ended := answer[-1] in ends) or s == max_new_tokens:
-                if (final := score[i].item() / s**length_penalty) > best_score:
-                    best, best_score = answer[: s - ended], final
-                score[i] = -math.inf  # dead: nothing that continues it can win a place
-        if score.max() == -math.inf:
-            break
-        cache.select(row)
-        h = model.hidden(token[:, None], cache=cache)[:, -1]
-    return best
 
 
 def compare(folder: Path, limit: int | None, device: torch.device) -> None:
@@ -93,12 +60,10 @@ def compare(folder: Path, limit: int | None, device: torch.device) -> None:
     merge(model)
     mrs, references = (items[:limit] for items in read_test(config))
     prompts = [encode_prompt(tokenizer, e2e_prompt(mr)) for mr in mrs]
-    blank = tokenizer.encode("\n\n")
-    ends = {tokenizer.eos, *(blank if len(blank) == 1 else [])}
-    ours = generate(model, tokenizer, prompts, 1, **search_settings(config))
-    with autocast(device):
-        found = [public_search(model, p, ends, **search_settings(config)) for p in prompts]
-    theirs = [tokenizer.decode(answer).split("\n\n")[0] for answer in found]
+    ours, theirs = (
+        generate(model, tokenizer, prompts, 1, **search_settings(config | dict(beam_rule=rule)))
+        for rule in ("transformers", "lora")
+    )
     ours, theirs = ([clean(" ".join(text.split())) for text in texts] for texts in (ours, theirs))
 
     differ, n = sum(a != b for a, b in zip(ours, theirs, strict=True)), len(mrs)

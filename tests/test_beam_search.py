@@ -15,9 +15,9 @@ import torch
 from test_generate import random_prompts, repeats
 from test_molex import lora_model, molex_model
 
+import eval as evaluation
 from eval import beam_search
 from experiments import beam_search as script
-from experiments.beam_search import public_search
 from model import Config, Transformer, locate
 
 # ------------------------------------------------------------ against a search in plain Python
@@ -53,12 +53,11 @@ def slow_search(model, prompt, ends, beams, length_penalty, ngram, max_new_token
 def test_the_search_equals_the_slow_one_and_is_not_ours(family, make, beams, length_penalty, ngram):
     model, prompts = make(family), random_prompts(6)
     search = (beams, length_penalty, ngram, 12)
-    for ends in ({0}, {0, 5}):
-        answers = [public_search(model, p, ends, *search) for p in prompts]
-        assert answers == [slow_search(model, p, ends, *search) for p in prompts]
-        assert not ends & {token for answer in answers for token in answer}
-    ours = [beam_search(model, [p], 0, *search)[0] for p in prompts]
-    assert ours != [public_search(model, p, {0}, *search) for p in prompts]
+    expected = [slow_search(model, p, {0}, *search) for p in prompts]
+    assert [beam_search(model, [p], 0, *search, "lora")[0] for p in prompts] == expected
+    if make is lora_model:  # MoLEx chooses one route for the batch
+        assert beam_search(model, prompts, 0, *search, "lora") == expected
+    assert [beam_search(model, [p], 0, *search)[0] for p in prompts] != expected
 
 
 # ------------------------------------------------------------------------ one difference at a time
@@ -92,9 +91,8 @@ def chain(**follows: dict[int, float]) -> Transformer:
 
 
 def both(model: Transformer, *search: float) -> tuple[list[int], list[int]]:
-    return beam_search(model, [[START]], END, *search)[0], public_search(
-        model, [START], {END}, *search
-    )
+    rules = ("transformers", "lora")
+    return tuple(beam_search(model, [[START]], END, *search, rule)[0] for rule in rules)
 
 
 def test_a_finished_beam_takes_a_place():
@@ -163,15 +161,15 @@ def test_outputs_that_differ_are_counted_and_scored(small, monkeypatch):
     folder, _ = small
     said, lines = [], []
 
-    def quiet(model, prompt, ends, **search):
-        said.append(prompt)
-        return [] if len(said) < 3 else beam_search(model, [prompt], 0, **search)[0]
+    def quiet(model, prompts, eos, **search):
+        said.append(search["beam_rule"])
+        return [[]] if 3 < len(said) < 6 else beam_search(model, prompts, eos, **search)
 
-    monkeypatch.setattr(script, "public_search", quiet)
+    monkeypatch.setattr(evaluation, "beam_search", quiet)
     monkeypatch.setattr(script, "print", lines.append, raising=False)
     monkeypatch.setattr(sys, "argv", ["beam_search.py", str(folder), "--limit", "3"])
     script.main()
-    assert len(said) == 3
+    assert said == ["transformers"] * 3 + ["lora"] * 3
     assert lines[0] == f"\n{folder.name}: 2 of 3 outputs differ (66.7%)"
     assert all(float(cell) < 0 for cell in lines[-1].split()[1:])
 

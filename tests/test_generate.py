@@ -201,6 +201,7 @@ def test_beam_search_without_repeats_equals_the_slow_one(family, beams, length_p
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_sequence_routing_answers_the_same_alone_and_in_a_batch(family, top_k):
     model = molex_model(family, route="sequence", top_k=top_k, alpha=0.4)
+    model.double()  # in float32 two answers can be a rounding error apart
     prompts, search = random_prompts(8, seed=1), (3, 0.9, 4, 14)
     alone = [beam_search(model, [p], 0, *search)[0] for p in prompts]
     assert beam_search(model, prompts, 0, *search) == alone

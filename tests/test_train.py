@@ -130,7 +130,7 @@ def test_every_setting_has_a_flag():
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
-        tune="full", clip=0.5, adam_eps=0.5,
+        tune="full", clip=0.5, adam_eps=0.5, beam_rule="lora",
     )  # fmt: skip
     gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
                 gate_weight="prob", route="sequence")  # fmt: skip
@@ -433,6 +433,7 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
     lines = out.partition("Not as in the paper:")[2]
     assert re.search(r"BLEU .* 70\.7 ± \.4", out) and "max steps 3 (paper: None)" in lines
     assert "40 train examples (official data: 42,061)" in lines and "official text" not in lines
+    assert "beam rule transformers (paper, probably: lora)" in lines
     folder = tmp_path / "runs/nano-gpt2-e2e-molex-s0"
     table = (folder / "predictions.tsv").read_text("utf-8").splitlines()
     assert table[1].startswith("name : ") and len(table) == 6
