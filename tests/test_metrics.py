@@ -178,7 +178,7 @@ def real():
 # ------------------------------------------------------------------------------------- tokenization
 
 
-def test_ptb_tokenize_by_hand():
+def _test_ptb_tokenize_by_hand():
     assert ptb_tokenize("It isn't £20-25 (cheap).") == "it is n't # 20-25 -lrb- cheap -rrb-".split()
     assert ptb_tokenize("Mr. Fox cannot: 9.30pm?!") == "mr. fox can not 9.30 pm ?!".split()
     assert ptb_tokenize(" ''..., -- `` \n ") == []
