@@ -3,8 +3,8 @@
 GLUE (appendix B.1): accuracy, Matthews correlation for CoLA, Pearson correlation for STS-B.
 E2E (appendix B.2): the numbers equal those of the challenge's own script
 (github.com/tuetschek/e2e-metrics) to four decimals: BLEU and NIST as in its Python module
-"pymteval", METEOR 1.5, ROUGE-L and CIDEr as in Microsoft COCO's caption evaluation, which first
-tokenizes like the Penn Treebank (PTB).
+"pymteval", METEOR 1.5, ROUGE-L and CIDEr as in Microsoft COCO's caption evaluation, over the tokens
+of the Stanford tokenizer for the Penn Treebank (PTB).
 
     python eval.py runs/gpt2-medium-e2e-molex-s0        decode the test set with a finished run
     python eval.py runs/roberta-base-rte-molex-s0       classify the dev set with one
@@ -144,8 +144,9 @@ def bleu(predictions: list[str], references: list[list[str]]) -> float:
     Up to 4-grams; brevity against the reference closest in length (of two, the shorter). pymteval
     gives a prediction of m tokens m - n + 1 n-grams even where that is negative, and floors sums of
     counts, where sacrebleu and the Perl mteval give it none. It only shows if there are predictions
-    of fewer than three tokens; then a few others can have more matches than n-grams, and BLEU be
-    above 1, in the challenge's numbers as in these.
+    of fewer than three tokens; then the others can have more matches than there are n-grams, and
+    BLEU be above 1, in the challenge's numbers as in these. One difference is left: "" as the
+    reference of "" counts as a matching word for pymteval.
     """
     counts = _sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
     length = sum(len(_mteval_tokenize(p)) for p in predictions)

