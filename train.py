@@ -86,6 +86,11 @@ from molex import MoLExConfig
 # ----------------------------------------------------------------------------------------- settings
 
 
+def setting(default: object, help: str) -> object:
+    """A field with its help: every one is a flag of the command line."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything needed to repeat a run. The defaults are the left column of Table 6, for GPT-2
@@ -99,34 +104,34 @@ class Settings:
     init: str | None = None  # a run, or a .bin file, to start from
     shape: str = ""  # the model of MODELS that has this one's shape
     differs: dict = field(default_factory=dict)  # setting -> [ours, the preset's]
-    tune: str = "lora"
-    epochs: int = 5
-    max_steps: int | None = None
-    batch_size: int = 8
-    batch_times: int = 1
-    accumulate: int = 1
-    length_groups: int = 1
-    lr: float = 2e-4
-    weight_decay: float = 0.01
-    warmup: float = 500.0
-    clip: float = 0.0
-    adam_eps: float = 1e-6
-    label_smoothing: float = 0.1
-    dropout: float = 0.0
-    max_length: int = 512
-    lora_r: int = 4
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.1
-    gate_lr: float = 0.1
-    gate_weight_decay: float = 0.01
-    load_balance: float = 0.01
-    beams: int = 10
-    length_penalty: float = 0.9
-    no_repeat_ngram: int = 4
-    max_new_tokens: int = 64
-    beam_rule: str = "transformers"
-    eval_batch: int = 16
-    test_limit: int | None = None
+    tune: str = setting("lora", "what is trained: lora, full (everything) or bitfit (every bias)")
+    epochs: int = setting(5, "passes over the training set")
+    max_steps: int | None = setting(None, "stop, and end the decay, after so many optimizer steps")
+    batch_size: int = setting(8, "sequences per optimizer step, over all processes")
+    batch_times: int = setting(1, "such batches in a step; 8 reads Table 5's as each of 8 GPUs'")
+    accumulate: int = setting(1, "micro-batches in a step, to save memory; each votes for itself")
+    length_groups: int = setting(1, "batches in which like lengths are put together; 1: at random")
+    lr: float = setting(2e-4, "learning rate of all but the gate, linear warm-up and decay")
+    weight_decay: float = setting(0.01, "of the same, biases and norms excepted")
+    warmup: float = setting(500.0, "steps until the full rate; below 1: share of all steps")
+    clip: float = setting(0.0, "longest gradient, as a norm; 0: off")
+    adam_eps: float = setting(1e-6, "AdamW's epsilon")
+    label_smoothing: float = setting(0.1, "on the answer's tokens")
+    dropout: float = setting(0.0, "inside the pretrained model; GLUE: the checkpoint's own")
+    max_length: int = setting(512, "tokens, prompt and answer; longer answers are cut")
+    lora_r: int = setting(4, "rank of the LoRA on q and v")
+    lora_alpha: float = setting(32.0, "the LoRA's update is scaled by alpha / r")
+    lora_dropout: float = setting(0.1, "on the LoRA's input")
+    gate_lr: float = setting(0.1, "learning rate of the gate and a learned alpha")
+    gate_weight_decay: float = setting(0.01, "of the gate")
+    load_balance: float = setting(0.01, "coefficient of the load-balance loss")
+    beams: int = setting(10, "beam size")
+    length_penalty: float = setting(0.9, "an answer's log-probability is over length ** this")
+    no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
+    max_new_tokens: int = setting(64, "longest answer")
+    beam_rule: str = setting("transformers", "whose beam search: transformers', or lora's code's")
+    eval_batch: int = setting(16, "sequences evaluated together")
+    test_limit: int | None = setting(None, "decode only so many MRs of the test set")
 
     @property
     def name(self) -> str:
@@ -182,37 +187,7 @@ def preset(shape: str, task: str) -> tuple[dict, str]:
     return table | GLUE_COMMON | nano, other
 
 
-HELP = {
-    "tune": "what is trained: lora, full (every parameter) or bitfit (every bias)",
-    "epochs": "passes over the training set",
-    "max_steps": "stop after this many optimizer steps (and decay the learning rate until there)",
-    "batch_size": "sequences per optimizer step, over all processes",
-    "batch_times": "so many of these batches make a step; 8 reads Table 5's as that of each of 8"
-    " GPUs, as in the public LoRA scripts (with --accumulate 8 each votes for itself, as there)",
-    "accumulate": "micro-batches that a batch is cut into, to save memory; each votes for itself",
-    "length_groups": "batches within which texts of like length are put together, to save padding;"
-    " 1: batches at random, as in the LoRA code",
-    "lr": "learning rate of all but the gate, linear warm-up and decay",
-    "weight_decay": "of the same, biases and norms excepted",
-    "warmup": "steps until the full learning rate; below 1: share of all steps",
-    "clip": "longest gradient, as a norm; 0: off",
-    "adam_eps": "AdamW's epsilon",
-    "label_smoothing": "on the answer's tokens",
-    "dropout": "inside the pretrained model; GLUE: the checkpoint's own",
-    "max_length": "tokens, prompt and answer; longer answers are cut",
-    "lora_r": "rank of the LoRA on q and v",
-    "lora_alpha": "the LoRA's update is scaled by alpha / r",
-    "lora_dropout": "on the LoRA's input",
-    "gate_lr": "learning rate of the gate and a learned alpha",
-    "gate_weight_decay": "of the gate and a learned alpha",
-    "load_balance": "coefficient of the load-balance loss",
-    "beams": "beam size",
-    "length_penalty": "an answer's log-probability is divided by length ** this",
-    "no_repeat_ngram": "no n-gram of this size twice in an answer; 0: off",
-    "max_new_tokens": "longest answer",
-    "beam_rule": "as transformers searches, or the public LoRA code (lora), see eval.py",
-    "eval_batch": "sequences evaluated together",
-    "test_limit": "decode only this many meaning representations of the test set",
+HELP = {  # of the gate's settings, molex.py
     "gate": "linear or cosine",
     "proj_dim": "of the cosine gate",
     "activation": "of the gate: softmax or sigmoid",
@@ -236,7 +211,8 @@ def layer_range(text: str) -> tuple[int, ...]:
     return slots
 
 
-OWN = [f.name for f in fields(Settings) if f.name in HELP]
+OWN = {f.name: f.metadata["help"] for f in fields(Settings) if f.metadata}
+HELP |= OWN
 GATE = [f.name for f in fields(MoLExConfig)]
 DEFAULTS = {f.name: f.default for cls in (Settings, MoLExConfig) for f in fields(cls)}
 
@@ -313,7 +289,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
         starts = args.init_from if args.task != "glue" or task in FROM_MNLI else []
         for mixes in methods:
             init, inherited = source(starts, model, mixes)
-            known = OWN + GATE * mixes
+            known = [*OWN] + GATE * mixes
             base = DEFAULTS | theirs | TUNE[given.get("tune", inherited.get("tune", "lora"))]
             chosen = base | inherited | given
             molex = MoLExConfig(**{n: chosen[n] for n in GATE})
