@@ -59,6 +59,7 @@ from eval import (
     pick_device,
     read_predictions,
     read_run,
+    read_scores,
     summed_loss,
     task_head,
     trained_tensors,
@@ -66,7 +67,16 @@ from eval import (
     write_text,
 )
 from lora import load_loralib
-from model import InputError, Transformer, checkpoint_folder, read_config
+from model import (
+    InputError,
+    Transformer,
+    check,
+    checkpoint_folder,
+    fill,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from molex import MoLExConfig, gate_parameters
 
 # ----------------------------------------------------------------------------------------- settings
@@ -412,10 +422,9 @@ def start_from(model: Transformer, path: Path) -> None:
     theirs = {n: w for n, w in theirs.items() if n in ours or not n.startswith("head.")}
     if not any(n.startswith(("layers.gates", "layers.alpha")) for n in theirs):
         ours = {n: p for n, p in ours.items() if all(p is not g for g in gate)}  # a new gate
-    if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in ours):
-        raise InputError(f"what {path} has trained has not the shapes of this run's LoRA and gate")
-    for name, p in ours.items():
-        p.copy_(theirs[name])
+    fill(
+        ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA and gate: it"
+    )
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -484,10 +493,8 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
     step, seconds, log, loss_sum = 0, 0.0, [], torch.zeros((), device=device)
     last = folder / "last.pt"
     if last.exists():
-        state = torch.load(last, weights_only=True, map_location="cpu")
-        with torch.no_grad():
-            for n, p in tensors.items():
-                p.copy_(state["tensors"][n])
+        state = check(read_tensors(last, others=True), {"tensors": (dict,)}, last)
+        fill(tensors, state["tensors"], last)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
@@ -553,7 +560,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     if processes > 1:
         dist.barrier()
     if (folder / "config.json").exists():
-        old = json.loads((folder / "config.json").read_text())
+        old = read_json(folder / "config.json")
         new = json.loads(json.dumps(asdict(s)))  # tuples become lists there
         if changed := [n for n in new if old.get(n) != new[n]]:
             raise InputError(
@@ -652,7 +659,7 @@ def report(runs: list[Settings], out: Path) -> None:
     results = []  # [task][method][seed], the main score
     for task in tasks:
         folders = [[out / s.name for s in runs if (s.task, s.method) == (task, m)] for m in columns]
-        scores = [[json.loads((f / "scores.json").read_text()) for f in group] for group in folders]
+        scores = [[read_scores(f, task) for f in group] for group in folders]
         rows, metric = (ALPACA_ROWS, "dev_ppl") if task == "alpaca" else (E2E_ROWS, "bleu")
         if task in GLUE:
             name, metric = GLUE[task].folder, GLUE[task].metric

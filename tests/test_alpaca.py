@@ -145,9 +145,9 @@ GOOD = LINES[1]
     [
         ("", "is empty"),
         ("\ufeff\n", "is empty"),
-        (f"[{GOOD}, ", "is neither JSON nor JSONL"),
-        ("instruction,input,output\nSay ja.,,ja\n", "is neither JSON nor JSONL"),
-        ("{'instruction': 'Say ja.', 'output': 'ja'}", "is neither JSON nor JSONL"),
+        (f"[{GOOD}, ", "is not JSON"),
+        ("instruction,input,output\nSay ja.,,ja\n", "is not JSON"),
+        ("{'instruction': 'Say ja.', 'output': 'ja'}", "is not JSON"),
         ("[]", "holds too few examples to hold one out"),
         (f"[{GOOD}]", "holds too few examples to hold one out"),
         (GOOD, "holds too few examples to hold one out"),
