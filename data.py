@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 from torch import Tensor
@@ -62,6 +63,8 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
+        self.words = regex.compile(pattern)
+        self.lacks = bytes(b for s, b in symbols.items() if s not in vocab)
         self.to_id = [vocab.get(s) for s in order]
         self.to_rank = {i: rank for rank, i in enumerate(self.to_id) if i is not None}
 
@@ -95,13 +98,20 @@ class Tokenizer:
             raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
 
     def encode(self, text: str) -> list[int]:
+        """Half a surrogate pair counts as U+FFFD. Raises InputError if tiktoken cannot take it."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        data = text.encode()
         try:
-            ids = [self.to_id[rank] for rank in self.bpe.encode_ordinary(text)]
-        except BaseException as error:  # the name of what tiktoken's Rust raises cannot be imported
+            if self.lacks and data != data.translate(None, self.lacks):  # before anything merges
+                words = (w.encode().translate(None, self.lacks) for w in self.words.findall(text))
+                ranks = [r for w in words if w for r in self.bpe._encode_single_piece(w)]
+            else:
+                ranks = self.bpe.encode_ordinary(text)
+        except BaseException as error:  # the class of its Rust's errors has no name to import
             if type(error).__name__ != "PanicException":
                 raise
             raise InputError(f"the tokenizer fails at the text {text[:60]!r}: {error}") from None
-        return [i for i in ids if i is not None]
+        return [self.to_id[rank] for rank in ranks]
 
     def decode(self, ids: list[int]) -> str:
         """Special tokens are left out."""

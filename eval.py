@@ -302,6 +302,7 @@ def meteor(predictions: list[str], references: list[list[str]]) -> float:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
+        errors="replace",
     )
 
     def ask(*fields: str) -> str:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 class InputError(ValueError):
     """Something the user can put right; the command line prints it in one line and exits with 2."""
 
-    def __init__(self, message: str) -> None:  # what it quotes from a file may hold anything
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message))
+    def __init__(self, message: str) -> None:  # what it quotes of a file may be anything
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)[:900])
 
 
 def reason(error: Exception) -> str:
@@ -661,7 +661,7 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
     have = convert(read_weights(folder), config)
     if config.tied and head == "lm" and "head.weight" in have:  # transformers does the same
         print(
-            f"{folder}: config.json ties lm_head.weight to the embedding, but it is another: used"
+            f"{folder}: config.json ties lm_head.weight to the embedding, but it differs: used as it is"
         )
         config = replace(config, tied=False)
     with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter

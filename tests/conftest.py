@@ -51,6 +51,11 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--damage", type=int, default=400, metavar="N",
+                     help="test_damage.py: damaged copies of each file (%(default)s)")  # fmt: skip
+
+
 def need_shared(name: str) -> Path:
     """The path of `name` in ../shared; skips the test, saying why, where it is missing."""
     if not (SHARED / name).exists():
