@@ -48,10 +48,9 @@ class Tokenizer:
     def __init__(
         self, vocab: dict[str, int], merges: list, pattern: str, config: Config, start: list = ()
     ) -> None:
-        if not all(
-            type(i) is int and 0 <= i < config.vocab_size for i in [*vocab.values(), *start]
-        ):
-            raise ValueError(f"it has ids that are not whole numbers below {config.vocab_size}")
+        ids, size = [*vocab.values(), *start], config.vocab_size
+        if not all(type(i) is int and 0 <= i < size for i in ids):
+            raise ValueError(f"it has ids that are not whole numbers below {size}")
         self.family, self.start = config.family, [*start]
         self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
         symbols = byte_symbols()

@@ -21,18 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import (
-    COUNT,
-    NUMBER,
-    SHARE,
-    ClassificationHead,
-    InputError,
-    Transformer,
-    check,
-    fill,
-    read_json,
-    read_tensors,
-)
+from model import ClassificationHead, InputError, Transformer, check, fill, read_json, read_tensors
 
 
 class LoRA(nn.Module):
@@ -172,7 +161,7 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
     """Add the LoRA in peft's folder to a model without one. InputError if they do not fit."""
     folder, family = Path(folder), model.config.family
     path, defaults = folder / "adapter_config.json", dict(lora_dropout=0.0)
-    forms = dict(r=COUNT, lora_alpha=NUMBER, lora_dropout=SHARE)
+    forms = dict(r=(int, 1, 4096), lora_alpha=(float, -1e9, 1e9), lora_dropout=(float, 0, 1))
     config = check(defaults | read_json(path), forms, path)
     r, alpha, dropout = (config[name] for name in forms)
     tensors = read_tensors(folder / "adapter_model.safetensors")

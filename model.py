@@ -95,22 +95,22 @@ def read_json(path: Path, forms: dict[str, tuple] | None = None) -> dict:
     return check(parse_json(read_text(path), path), forms or {}, path)
 
 
-def read_tensors(path: Path, others: bool = False) -> dict:
-    """What a .safetensors file or one of torch.save holds by name: tensors or, with `others`, plain
-    values as well. Nothing in it can run. Raises InputError."""
+def read_tensors(path: Path, forms: dict[str, tuple] | None = None) -> dict:
+    """The tensors of a .safetensors file, or of one by torch.save: by name, nothing else, unless
+    `forms` say what it has (see `check`). Nothing in it can run. Raises InputError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"{part} in it is not what was written")  # torch would not notice
         found = torch.load(path, map_location="cpu", weights_only=True)
-        if not others and {(type(n), w.layout) for n, w in found.items()} - {(str, torch.strided)}:
+        if not forms and {(type(n), w.layout) for n, w in found.items()} - {(str, torch.strided)}:
             raise ValueError("it does not hold tensors by name")
-        return found
     except pickle.UnpicklingError:
         raise InputError(f"{path} cannot be read: it is damaged, or holds code") from None
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path} cannot be read: {reason(error)}") from None
+    return check(found, forms or {}, path)
 
 
 def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: object) -> None:
@@ -172,9 +172,8 @@ class Config:
         family = c.get("model_type")
         if family not in ("gpt2", "roberta", "llama"):
             raise InputError(f"model_type {family!r} is not supported; use gpt2, roberta or llama")
-        usual = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                     add_cross_attention=False, is_decoder=False)  # fmt: skip
-        usual["quantization_config"] = None
+        usual = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
+        usual |= dict(scale_attn_weights=True, is_decoder=False, quantization_config=None)
         usual |= dict(tie_word_embeddings=True) if family == "roberta" else {}
         for name, value in usual.items():
             if c.get(name, value) != value:
@@ -641,10 +640,7 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 def read_config(folder: Path) -> Config:
     """The Config in a checkpoint folder. Raises InputError if it is missing or unsupported."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
-    return Config.from_hf(read_json(path), path)
+    return Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
 
 
 def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:
@@ -660,7 +656,7 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
         config = replace(config, dropout=dropout)
     have = convert(read_weights(folder), config)
     if config.tied and head == "lm" and "head.weight" in have:  # transformers does the same
-        print(f"{folder}: config ties lm_head.weight to the embedding, but it differs: used as it is")
+        print(f"{folder}: config ties lm_head.weight to the embedding, but it differs: used as is")
         config = replace(config, tied=False)
     with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter
         model = Transformer(config, head)

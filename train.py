@@ -70,7 +70,6 @@ from lora import load_loralib
 from model import (
     InputError,
     Transformer,
-    check,
     checkpoint_folder,
     fill,
     read_config,
@@ -493,7 +492,7 @@ def train(s: Settings, folder: Path, device: torch.device) -> None:
     step, seconds, log, loss_sum = 0, 0.0, [], torch.zeros((), device=device)
     last = folder / "last.pt"
     if last.exists():
-        state = check(read_tensors(last, others=True), {"tensors": (dict,)}, last)
+        state = read_tensors(last, {"tensors": (dict,)})
         fill(tensors, state["tensors"], last)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
