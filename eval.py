@@ -690,17 +690,16 @@ def load_model(
 
 def read_log(folder: Path, task: str) -> list[dict]:
     """The entries of metrics.jsonl. Raises InputError."""
-    path, judged = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
-    forms = {"epoch": COUNT, judged: NUMBER, "seconds_per_step": NUMBER}
-    return [check(entry, forms, path) for entry in parse_json(read_text(path), path, lines=True)]
+    path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
+    entries = parse_json(read_text(path), path, lines=True)
+    return [check(entry, {key: NUMBER}, path) for entry in entries]
 
 
 def read_scores(folder: Path, task: str) -> dict[str, float]:
     """scores.json, which must have what tables show. Raises InputError."""
     names = dict(alpaca=("train_ppl", "dev_ppl"),
                  e2e=("bleu", "nist", "meteor", "rouge_l", "cider", "dev_loss"))  # fmt: skip
-    for t, spec in GLUE.items():
-        names[t] = (spec.metric, *(split.replace("dev", spec.metric) for split in spec.dev))
+    names |= {name: (spec.metric,) for name, spec in GLUE.items()}
     forms = dict.fromkeys((*names[task], "trainable", "seconds_per_step"), NUMBER)
     return read_json(folder / "scores.json", forms)
 
