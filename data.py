@@ -5,7 +5,6 @@ is data: a string that happens to contain "<|endoftext|>" is encoded as those th
 """
 
 import csv
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Config, InputError, locate, reason
+from model import Config, InputError, locate, parse_json, read_json, read_text, reason
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -45,17 +45,25 @@ class Tokenizer:
     the vocabulary lacks (some control characters in SmolLM2's) is left out of the text.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list, pattern: str, config: Config) -> None:
-        self.family, self.start = config.family, []
+    def __init__(
+        self, vocab: dict[str, int], merges: list, pattern: str, config: Config, start: list = ()
+    ) -> None:
+        ids, size = [*vocab.values(), *start], config.vocab_size
+        if not all(type(i) is int and 0 <= i < size for i in ids):
+            raise ValueError(f"it has ids that are not whole numbers below {size}")
+        self.family, self.start = config.family, [*start]
         self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
         symbols = byte_symbols()
         # tiktoken wants ranks (merge order), which are not the checkpoint's ids in every family.
         order = dict.fromkeys([*symbols, *(a + b for a, b in merges)])
-        order = [s for s in order if s in vocab or s in symbols]
+        if unknown := order.keys() - vocab.keys() - symbols.keys():
+            raise ValueError(f"its vocabulary lacks {min(unknown)!r}, which a merge makes")
         ranks = {bytes(symbols[ch] for ch in s): rank for rank, s in enumerate(order)}
         self.bpe = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
+        self.words = regex.compile(pattern)
+        self.lacks = bytes(b for s, b in symbols.items() if s not in vocab)
         self.to_id = [vocab.get(s) for s in order]
         self.to_rank = {i: rank for rank, i in enumerate(self.to_id) if i is not None}
 
@@ -63,32 +71,46 @@ class Tokenizer:
     def from_folder(cls, folder: Path, config: Config) -> "Tokenizer":
         """Read tokenizer.json, or vocab.json and merges.txt. Raises InputError if neither is there
         or the tokenizer is no byte-level BPE."""
+        path = folder / "tokenizer.json"
         try:
-            if (folder / "tokenizer.json").exists():
-                spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            if path.exists():
+                spec, start = read_json(path), []
                 if spec.get("normalizer"):
                     raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
-                bpe, pattern = spec["model"], word_pattern(spec["pre_tokenizer"])
-                merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-                tokenizer = cls(bpe["vocab"], merges, pattern, config)
-                tokenizer.start = leading_ids(spec.get("post_processor") or {})
-                return tokenizer
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder} holds no tokenizer.json and no {Path(error.filename).name}"
-            ) from error
-        except (KeyError, json.JSONDecodeError) as error:
+                vocab, pattern = spec["model"]["vocab"], word_pattern(spec["pre_tokenizer"])
+                merges = spec["model"]["merges"]
+                merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
+                start = leading_ids(spec.get("post_processor") or {})
+            elif not (folder / "vocab.json").exists():
+                raise InputError(f"{folder} holds no tokenizer.json and no vocab.json")
+            else:
+                vocab, start = read_json(folder / "vocab.json"), []
+                lines = read_text(folder / "merges.txt").split("\n")
+                merges = [m.split(" ") for m in lines if m and not m.startswith("#version")]
+                # Only where digits are not on their own can one follow a space (Ġ) or a digit.
+                joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
+                pattern = GPT2_PATTERN if joined else DIGITS_PATTERN
+            return cls(vocab, merges, pattern, config, start)
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        # Only where digits are not on their own can one follow a space (Ġ) or a digit in a symbol.
-        joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
-        return cls(vocab, merges, GPT2_PATTERN if joined else DIGITS_PATTERN, config)
 
     def encode(self, text: str) -> list[int]:
-        ids = (self.to_id[rank] for rank in self.bpe.encode_ordinary(text))
-        return [i for i in ids if i is not None]
+        """Half a surrogate pair counts as U+FFFD. Raises InputError if tiktoken cannot take it."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        data = text.encode()
+        try:
+            if self.lacks and data != data.translate(None, self.lacks):  # before anything merges
+                words = (w.encode().translate(None, self.lacks) for w in self.words.findall(text))
+                ranks = [r for w in words if w for r in self.bpe._encode_single_piece(w)]
+            else:
+                ranks = self.bpe.encode_ordinary(text)
+        except BaseException as error:  # the class of its Rust's errors has no name to import
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer fails at the text {text[:60]!r}: {error}") from None
+        return [self.to_id[rank] for rank in ranks]
 
     def decode(self, ids: list[int]) -> str:
         """Special tokens are left out."""
@@ -278,7 +300,7 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
                         strict=True))  # fmt: skip
     path = glue_file(folder, task, split)
-    rows = [line.split("\t") for line in _read_text(path).rstrip("\n").split("\n")]
+    rows = [line.split("\t") for line in read_text(path).rstrip("\n").split("\n")]
     header = spec.header or tuple(rows.pop(0))
     absent = {*spec.texts, spec.label} - set(header)
     if absent:
@@ -331,15 +353,8 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
     if file is None:
         rows = _from_hub(ALPACA_HUB, "FILE", ALPACA_HUB, split="train").to_list()
     else:
-        text, rows = _read_text(locate(file)), []
-        whole = text.lstrip()[0] == "["  # one list, or an object on each line
-        for number, part in enumerate([text] if whole else text.split("\n")):
-            try:
-                if part.strip():
-                    rows += json.loads(part) if whole else [json.loads(part)]
-            except json.JSONDecodeError as error:
-                where = f"line {number + error.lineno}: {error.msg}"
-                raise InputError(f"{file} is neither JSON nor JSONL: {where}") from None
+        text = read_text(locate(file))
+        rows = parse_json(text, file, lines=text.lstrip()[0] != "[")  # else it is one list
     pairs = []
     for number, row in enumerate(rows, start=1):
         texts = [row.get(n) or "" for n in ALPACA_FIELDS] if isinstance(row, dict) else [None]
@@ -519,23 +534,12 @@ def collate(examples: list[Example]) -> Batch:
 
 # ------------------------------------------------------------------ outputs and references to score
 
-
-def _read_text(path: Path) -> str:
-    """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None
-    if not text.strip():
-        raise InputError(f"{path} is empty")
-    return text
+csv.field_size_limit(2**31 - 1)  # a quotation mark that nothing closes is found out all the same
 
 
 def _read_lines(path: Path) -> list[str]:
     """Its lines, stripped."""
-    return [line.strip() for line in _read_text(path).removesuffix("\n").split("\n")]
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def clean(value: str) -> str:

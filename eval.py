@@ -39,7 +39,6 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -61,13 +60,23 @@ from data import (
 )
 from lora import add_lora, merge
 from model import (
+    COUNT,
+    FEW,
+    NUMBER,
+    SHARE,
     Cache,
     ClassificationHead,
     InputError,
     Transformer,
+    check,
     checkpoint_folder,
+    fill,
     load,
     locate,
+    parse_json,
+    read_json,
+    read_tensors,
+    read_text,
     reason,
 )
 from molex import MoLEx, MoLExConfig, upcycle
@@ -610,26 +619,40 @@ def task_head(model: Transformer) -> set[str]:
     return {"head." + name for name, _ in model.head.named_parameters()}
 
 
+RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's config.json
+    model=(str,), task=(str,), data=(str, None), tune=(str,), molex=(dict, None), dropout=SHARE,
+    lora_r=COUNT, lora_alpha=NUMBER, lora_dropout=SHARE, max_length=COUNT, eval_batch=COUNT,
+    beams=FEW, length_penalty=(float, 0, 100), no_repeat_ngram=(int, 0, 4096), max_new_tokens=FEW,
+    test_limit=(*COUNT, None),
+)  # fmt: skip
+GATE = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()} | {"layers": (list, None)}
+
+
+def read_settings(folder: Path) -> dict:
+    """A run's config.json. Raises InputError."""
+    path = folder / "config.json"
+    config = read_json(path, RUN)
+    if config["task"] not in (*GLUE, "e2e", "alpaca"):
+        raise InputError(f"{path}: there is no task {config['task']!r}")
+    if config["molex"] is not None:
+        gate = check(config["molex"], GATE, f"{path}, molex")
+        config["molex"] = {name: gate[name] for name in GATE}
+    return config
+
+
 def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """config.json, and the trained tensors of the best epoch. Raises InputError if there is no run
     with a finished epoch."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return config, load_file(folder / "adapter.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} is not a run with a finished epoch ({error})") from error
+    if not (folder / "adapter.safetensors").exists():
+        raise InputError(f"{folder} is not a run with a finished epoch")
+    return read_settings(folder), read_tensors(folder / "adapter.safetensors")
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer, dict]:
     """The best epoch of a run, its tokenizer and its config. Raises InputError if it has none."""
     config, tensors = read_run(folder)
     model, tokenizer = build(config, device)
-    trained = trained_tensors(model)
-    if trained.keys() != tensors.keys():
-        raise InputError(f"{folder / 'adapter.safetensors'} does not fit {folder / 'config.json'}")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[name])
+    fill(trained_tensors(model), tensors, f"{folder / 'adapter.safetensors'} does not fit: it")
     return model.eval(), tokenizer, config
 
 
@@ -667,6 +690,22 @@ def load_model(
     return model, Tokenizer.from_folder(checkpoint_folder(name), model.config)
 
 
+def read_log(folder: Path, task: str) -> list[dict]:
+    """The entries of metrics.jsonl. Raises InputError."""
+    path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
+    entries = parse_json(read_text(path), path, lines=True)
+    return [check(entry, {key: NUMBER, "step": COUNT}, path) for entry in entries]
+
+
+def read_scores(folder: Path, task: str) -> dict[str, float]:
+    """scores.json, which must have what tables show. Raises InputError."""
+    names = dict(alpaca=("train_ppl", "dev_ppl"),
+                 e2e=("bleu", "nist", "meteor", "rouge_l", "cider", "dev_loss"))  # fmt: skip
+    names |= {name: (spec.metric,) for name, spec in GLUE.items()}
+    forms = dict.fromkeys((*names[task], "trainable", "seconds_per_step"), NUMBER)
+    return read_json(folder / "scores.json", forms)
+
+
 def best_epoch(log: list[dict], task: str) -> dict:
     """The entry of metrics.jsonl whose dev set fared best, the first of equals: by the task's
     metric in GLUE, otherwise by loss."""
@@ -685,7 +724,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     model, tokenizer, config = load_run(folder, device)
     trained = trained_tensors(model).items()
     trainable = sum(p.numel() for n, p in trained if n not in task_head(model))
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder, config["task"])
     steps = min(config["epochs"] * log[0]["step"], config["max_steps"] or math.inf)
     out = folder
     if log[-1]["step"] < steps:
@@ -785,9 +824,11 @@ def read_test(config: dict) -> tuple[list[str], list[list[str]]]:
 
 def read_predictions(folder: Path) -> tuple[list[str], list[str], list[list[str]]]:
     """MRs, outputs and references of an evaluated run."""
-    mrs, references = read_test(json.loads((folder / "config.json").read_text()))
-    lines = (folder / "predictions.tsv").read_text("utf-8").split("\n")[1:-1]
-    return mrs, [line.split("\t")[1] for line in lines], references
+    mrs, references = read_test(read_settings(folder))
+    lines = read_text(folder / "predictions.tsv").split("\n")[1:-1]
+    if len(lines) != len(mrs):
+        raise InputError(f"{folder / 'predictions.tsv'} has {len(lines)} outputs, not {len(mrs)}")
+    return mrs, [line.rpartition("\t")[2] for line in lines], references
 
 
 def plot_routes(runs: dict[str, Tensor], path: Path) -> None:

@@ -13,17 +13,15 @@ with LoRA on the query and value projections of every layer (Tables 5 and 6).
 
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import ClassificationHead, InputError, Transformer, reason
+from model import ClassificationHead, InputError, Transformer, check, fill, read_json, read_tensors
 
 
 class LoRA(nn.Module):
@@ -56,7 +54,9 @@ def add_lora(
     targets: tuple[str, ...] = ("q", "v"),
 ) -> Transformer:
     """Put a LoRA on the `targets` (of q, k, v, o) of every layer; all else but a new task head is
-    frozen. Changes the model and returns it."""
+    frozen. Changes the model and returns it. Raises InputError if r is no rank."""
+    if not 1 <= r <= model.config.d_model:
+        raise InputError(f"the rank of a LoRA is {r}, not from 1 to {model.config.d_model}")
     for p in model.parameters():
         p.requires_grad_(False)
     if isinstance(model.head, ClassificationHead):
@@ -99,16 +99,17 @@ def remove(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------- peft's files
 
-PEFT_MODULE = {  # where peft finds the projection of layer {i} in the transformers model
-    "gpt2": "transformer.h.{i}.attn.{p}",
-    "roberta": "roberta.encoder.layer.{i}.attention.self.{p}",
-    "llama": "model.layers.{i}.self_attn.{p}",
+PEFT_LAYERS = {  # where peft finds the layers in the transformers model, and projections in them
+    "gpt2": "transformer.h",
+    "roberta": "roberta.encoder.layer",
+    "llama": "model.layers",
 }
-PEFT_PROJECTION = {
-    "gpt2": {},  # q, k and v are one projection there, c_attn: see `fuse`
-    "roberta": {"q": "query", "k": "key", "v": "value"},
-    "llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-}
+PEFT_PROJECTIONS = {
+    "gpt2": {},  # q, k and v are one projection there, attn.c_attn: see `fuse`
+    "roberta": {"q": "attention.self.query", "k": "attention.self.key",
+                "v": "attention.self.value", "o": "attention.output.dense"},
+    "llama": {p: f"self_attn.{p}_proj" for p in "qkvo"},
+}  # fmt: skip
 
 
 def fuse(q: LoRA, v: LoRA) -> tuple[Tensor, Tensor]:
@@ -136,20 +137,19 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
     factor = 2 if family == "gpt2" else 1
     for i, block in enumerate(model.layers.blocks):
         if family == "gpt2":
-            pairs = {"c_attn": fuse(block.attn.q, block.attn.v)}
+            pairs = {"attn.c_attn": fuse(block.attn.q, block.attn.v)}
         else:
-            pairs = {
-                PEFT_PROJECTION[family][p]: (getattr(block.attn, p).A, getattr(block.attn, p).B)
-                for p in names
-            }
-        for p, (A, B) in pairs.items():
-            key = "base_model.model." + PEFT_MODULE[family].format(i=i, p=p)
+            here = {PEFT_PROJECTIONS[family][p]: getattr(block.attn, p) for p in names}
+            pairs = {path: (lora.A, lora.B) for path, lora in here.items()}
+        for path, (A, B) in pairs.items():
+            key = f"base_model.model.{PEFT_LAYERS[family]}.{i}.{path}"
             tensors[f"{key}.lora_A.weight"] = A.detach().cpu().contiguous()
             tensors[f"{key}.lora_B.weight"] = B.detach().cpu().contiguous()
     config = dict(
         peft_type="LORA", base_model_name_or_path=base, task_type=None, inference_mode=True,
         r=one.r * factor, lora_alpha=one.alpha * factor, lora_dropout=one.dropout, bias="none",
-        fan_in_fan_out=family == "gpt2", target_modules=sorted(pairs),
+        fan_in_fan_out=family == "gpt2",  # "dense" alone would name others, too
+        target_modules=sorted(re.sub(r"^(attn|self_attn|attention.self)\.", "", p) for p in pairs),
     )  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,50 +160,42 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
 def load_lora(model: Transformer, folder: Path) -> Transformer:
     """Add the LoRA in peft's folder to a model without one. InputError if they do not fit."""
     folder, family = Path(folder), model.config.family
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-        r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no LoRA in peft's format ({error!r})") from error
+    path, defaults = folder / "adapter_config.json", dict(lora_dropout=0.0)
+    forms = dict(r=(int, 1, 4096), lora_alpha=(float, -1e9, 1e9), lora_dropout=(float, 0, 1))
+    config = check(defaults | read_json(path), forms, path)
+    r, alpha, dropout = (config[name] for name in forms)
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     for name in ("use_rslora", "alpha_pattern", "alora_invocation_tokens"):
         if config.get(name):  # the tensors would fit, but mean something else
             raise InputError(f"{folder} sets {name}, which is not supported")
     state = {}
     for key, w in tensors.items():
-        match = re.search(r"\.(\d+)\.\S*?(\w+)\.lora_([AB])\.weight$", key)
-        if match is None:
+        match = re.search(r"\.(\d+)\.(\S+)\.lora_([AB])\.weight$", key)
+        if match is None or w.dim() != 2:
             raise InputError(f"{folder} adapts {key}, which is not a LoRA on q, k, v or o")
-        i, module, side = match.groups()
-        if family == "gpt2" and module == "c_attn":  # the inverse of `fuse`
+        i, path, side = match.groups()
+        if family == "gpt2" and path == "attn.c_attn":  # the inverse of `fuse`
             half = w.shape[side == "B"] // 2
             D = model.config.d_model
             blocks = (w[:half], w[half:]) if side == "A" else (w[:D, :half], w[2 * D :, half:])
             if side == "B" and sum(b.count_nonzero() for b in blocks) != w.count_nonzero():
                 raise InputError(f"{folder}: the LoRA on {key} is not one for q and one for v")
-            pairs = zip("qv", blocks, strict=True)
+            pairs = [*zip("qv", blocks, strict=True)]
         else:
-            ours = {theirs: p for p, theirs in PEFT_PROJECTION[family].items()}.get(module)
-            if ours is None:
-                raise InputError(f"{folder} adapts {module}, which is not q, k, v or o here")
-            pairs = [(ours, w)]
+            pairs = [(p, w) for p, theirs in PEFT_PROJECTIONS[family].items() if theirs == path]
+        if not pairs:
+            raise InputError(f"{folder} adapts {path}, which is not q, k, v or o here")
         state.update({f"layers.blocks.{i}.attn.{p}.{side}": x for p, x in pairs})
     targets = tuple(sorted({name.split(".")[-2] for name in state}))
     factor = 2 if family == "gpt2" else 1
     add_lora(model, r // factor, alpha / factor, dropout, targets)
-    fill(model, state, folder)
+    fill(adapters(model), state, f"{folder} was made for a model of another shape or rank: it")
     return model
 
 
-@torch.no_grad()
-def fill(model: Transformer, state: dict[str, Tensor], source: Path) -> None:
-    """Copy A and B of every LoRA from `state`. Raises InputError, naming the source, if they do not
-    fit."""
-    own = {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
-    if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
-        raise InputError(f"the LoRA in {source} was made for a model of another shape or rank")
-    for name, p in own.items():
-        p.copy_(state[name])
+def adapters(model: Transformer) -> dict[str, Tensor]:
+    """A and B of every LoRA, by the names that they have in the model."""
+    return {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
 
 
 def load_loralib(model: Transformer, file: Path) -> None:
@@ -211,13 +203,9 @@ def load_loralib(model: Transformer, file: Path) -> None:
     transformers, with lora_A and lora_B. The task head in it is left out. It does not say alpha,
     which is 16 in that repository's scripts for RoBERTa-base. Raises InputError if it does not
     fit."""
-    pattern = r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$"
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        names = {name: re.search(pattern, name) for name in tensors}
-    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{file} cannot be read as a LoRA: {reason(error)}") from error
-    if model.config.family != "roberta" or not any(names.values()):
+    pattern, tensors = r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$", read_tensors(file)
+    found = {m: w for n, w in tensors.items() if (m := re.search(pattern, n))}
+    if model.config.family != "roberta" or not found:
         raise InputError(f"{file} holds no lora_A and lora_B for a RoBERTa")
-    found = {"layers.blocks.{}.attn.{}.{}".format(*m.groups()): n for n, m in names.items() if m}
-    fill(model, {ours: tensors[theirs] for ours, theirs in found.items()}, file)
+    state = {"layers.blocks.{}.attn.{}.{}".format(*m.groups()): w for m, w in found.items()}
+    fill(adapters(model), state, f"{file} was made for a model of another shape or rank: it")

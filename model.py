@@ -19,22 +19,124 @@ import json
 import math
 import pickle
 import re
+import reprlib
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
 class InputError(ValueError):
     """Something the user can put right; the command line prints it in one line and exits with 2."""
 
+    def __init__(self, message: str) -> None:  # what it quotes of a file may be anything
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)[:900])
+
 
 def reason(error: Exception) -> str:
     """The first line of an error's message, or what kind it is if it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+# --------------------------------------------------------------------------------- a user's files
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def parse_json(text: str, where: object, lines: bool = False) -> object:
+    """The value in a JSON text from `where`, or a list of those on its lines. Raises InputError."""
+    if lines:
+        parts = enumerate(text.split("\n"), start=1)
+        return [parse_json(part, f"{where}, line {n}") for n, part in parts if part.strip()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise InputError(f"{where} is not JSON: {reason(error)}") from None
+
+
+def check(values: object, forms: dict[str, tuple], where: object) -> dict:
+    """`values`, if it is a dictionary that has each name of `forms` in its form: a type, then for
+    numbers the lowest and the highest, then None if it may be null. Raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds {reprlib.repr(values)}, not names with values")
+    for name, (kind, *limits) in forms.items():
+        if name not in values:
+            raise InputError(f"{where} lacks {name}")
+        value, number = values[name], kind in (int, float)
+        fits = isinstance(value, int | float if kind is float else kind)
+        if number and fits:
+            fits = not isinstance(value, bool) and limits[0] <= value <= limits[1]
+        if not fits and not (value is None and None in limits):
+            words = f"{kind.__name__} from {limits[0]} to {limits[1]}" if number else kind.__name__
+            raise InputError(f"{where}: {name} is {reprlib.repr(value)}, not {words}")
+    return values
+
+
+COUNT, FEW, SHARE, NUMBER = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1), (float, -1e30, 1e30)
+
+
+def read_json(path: Path, forms: dict[str, tuple] | None = None) -> dict:
+    """The dictionary in a JSON file, see `check`. Raises InputError."""
+    return check(parse_json(read_text(path), path), forms or {}, path)
+
+
+def read_tensors(path: Path, forms: dict[str, tuple] | None = None) -> dict:
+    """The tensors of a .safetensors file, or of one by torch.save: by name, nothing else, unless
+    `forms` say what it has (see `check`). Nothing in it can run. Raises InputError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{part} in it is not what was written")  # torch would not notice
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not forms and {(type(n), w.layout) for n, w in found.items()} - {(str, torch.strided)}:
+            raise ValueError("it does not hold tensors by name")
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} cannot be read: it is damaged, or holds code") from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} cannot be read: {reason(error)}") from None
+    return check(found, forms or {}, path)
+
+
+def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: object) -> None:
+    """Raise InputError, naming tensors, unless `have` has the names and shapes of `wanted` and its
+    values are floating-point numbers, none of them NaN or infinite."""
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    both = [(n, w, wanted[n].shape) for n, w in have.items() if n in wanted]
+    plain = [(n, w) for n, w, _ in both if w.dtype in floats]
+    for what, names in {
+        "lacks": wanted.keys() - have.keys(),
+        "has unknown": have.keys() - wanted.keys(),
+        "has misshapen": {f"{n} {(*w.shape,)}, not {(*x,)}" for n, w, x in both if w.shape != x},
+        "has quantized": {n for n, _, _ in both} - {n for n, _ in plain},
+        "has NaN or infinite values in": {n for n, w in plain if not w.isfinite().all()},
+    }.items():
+        if names:
+            first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+            raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
+
+
+@torch.no_grad()
+def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: object) -> None:
+    """Copy their tensors into ours, in place. Raises InputError if they do not fit."""
+    check_tensors(theirs, ours, where)
+    for name, p in ours.items():
+        p.copy_(theirs[name])
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -64,63 +166,60 @@ class Config:
     rope: dict = field(default_factory=dict)  # rotary theta and, for Llama 3, its scaling
 
     @classmethod
-    def from_hf(cls, c: dict) -> "Config":
-        """Read the dictionary in a Hugging Face config.json. Raises InputError if unsupported."""
+    def from_hf(cls, c: dict, where: object = "config.json") -> "Config":
+        """Read the dictionary in a Hugging Face config.json, which messages call `where`. Raises
+        InputError if it is unsupported or unsound."""
         family = c.get("model_type")
         if family not in ("gpt2", "roberta", "llama"):
             raise InputError(f"model_type {family!r} is not supported; use gpt2, roberta or llama")
-        names = {
-            "gpt2": ("n_embd", "n_layer", "n_head", "n_positions", "layer_norm_epsilon"),
-            "roberta": ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                        "max_position_embeddings", "layer_norm_eps", "intermediate_size"),
-            "llama": ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                      "max_position_embeddings", "rms_norm_eps", "intermediate_size"),
-        }[family]  # fmt: skip
-        missing = [n for n in ("vocab_size", *names) if n not in c]
-        if missing:
-            raise InputError(f"config.json lacks {', '.join(missing)}")
-        d_model, n_layer, n_head, max_positions, norm_eps = (c[n] for n in names[:5])
-        eos = c.get("eos_token_id")
-        common = dict(
-            family=family, vocab_size=c["vocab_size"], n_layer=n_layer, n_head=n_head,
-            n_kv_head=c.get("num_key_value_heads") or n_head, d_model=d_model,
-            d_head=c.get("head_dim") or d_model // n_head, norm_eps=norm_eps,
-            bos=c.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) else eos,
-        )  # fmt: skip
-        usual = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                     add_cross_attention=False, is_decoder=False)  # fmt: skip
+        usual = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
+        usual |= dict(scale_attn_weights=True, is_decoder=False, quantization_config=None)
+        usual |= dict(tie_word_embeddings=True) if family == "roberta" else {}
         for name, value in usual.items():
             if c.get(name, value) != value:
-                raise InputError(f"config.json sets {name} to {c[name]}, which is not supported")
-        if family == "gpt2":
-            return cls(
-                **common, d_ff=c.get("n_inner") or 4 * d_model, max_positions=max_positions,
-                activation=c.get("activation_function", "gelu_new"),
-                tied=c.get("tie_word_embeddings", True), dropout=c.get("resid_pdrop", 0.1),
-                pad=c.get("pad_token_id"),
-            )  # fmt: skip
-        if family == "roberta":
-            if not c.get("tie_word_embeddings", True):
-                raise InputError("config.json unsets tie_word_embeddings, which is not supported")
-            pad = c.get("pad_token_id", 1)
-            return cls(  # RoBERTa numbers its positions from pad + 1
-                **common, d_ff=c["intermediate_size"], max_positions=max_positions - pad - 1,
-                activation=c.get("hidden_act", "gelu"), tied=True,
-                dropout=c.get("hidden_dropout_prob", 0.1), pad=pad,
-            )  # fmt: skip
-        rope = c.get("rope_parameters") or {
-            **(c.get("rope_scaling") or {}),
-            "rope_theta": c.get("rope_theta", 10000.0),
-        }
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise InputError(f"rope_type {rope_type!r} is not supported; use default or llama3")
-        return cls(
-            **common, d_ff=c["intermediate_size"], max_positions=max_positions,
-            activation=c.get("hidden_act", "silu"), tied=c.get("tie_word_embeddings", False),
-            bias=c.get("attention_bias", False), pad=c.get("pad_token_id"),
-            rope={**rope, "rope_type": rope_type},
+                raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
+
+        def get(name: str, form: tuple, default: object = ...) -> object:
+            """What c has by this name (in GPT-2 by the one before the slash), or the default."""
+            name = name.split("/")[0 if family == "gpt2" else -1]
+            if default is not ... and c.get(name) is None:
+                return default
+            return check(c, {name: form}, where)[name]
+
+        if isinstance(c.get("eos_token_id"), list):  # some models end in several ways
+            c = c | {"eos_token_id": [*c["eos_token_id"], None][0]}
+        d_model, n_head = get("n_embd/hidden_size", COUNT), get("n_head/num_attention_heads", FEW)
+        eps, activation, older, dropout, pad, d_ff, parity = {
+            "gpt2": ("layer_norm_epsilon", "gelu_new", True, 0.1, None, 4 * d_model, 1),
+            "roberta": ("layer_norm_eps", "gelu", True, 0.1, 1, ..., 1),
+            "llama": ("rms_norm_eps", "silu", False, 0.0, None, ..., 2),  # rotary positions: pairs
+        }[family]
+        token = (int, 0, get("vocab_size", COUNT) - 1)
+        rope = get("rope_scaling", (dict,), {}) | get("rope_parameters", (dict,), {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
+        rope = {"rope_theta": c.get("rope_theta", 10000.0)} | rope | {"rope_type": kind}
+        numbers = ["rope_theta", *ROPE_LLAMA3 * (kind == "llama3")]
+        config = dict(
+            vocab_size=c["vocab_size"], n_layer=get("n_layer/num_hidden_layers", FEW),
+            n_head=n_head, n_kv_head=get("num_key_value_heads", FEW, n_head),
+            d_model=d_model, d_head=get("head_dim", COUNT, d_model // n_head),
+            d_ff=get("n_inner/intermediate_size", COUNT, d_ff), norm_eps=get(eps, SHARE),
+            max_positions=get("n_positions/max_position_embeddings", COUNT),
+            activation=get("activation_function/hidden_act", (str,), activation),
+            tied=get("tie_word_embeddings", (bool,), older),
+            bias=get("attention_bias", (bool,), older),
+            dropout=get("resid_pdrop/hidden_dropout_prob", SHARE, dropout),
+            bos=get("bos_token_id", token, None), eos=get("eos_token_id", token, None),
+            pad=get("pad_token_id", token if pad else (int, -1, 2**24), pad),
+            rope=check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where),
         )  # fmt: skip
+        if family == "roberta":  # it numbers its positions from pad + 1
+            config["max_positions"] -= config["pad"] + 1
+        if n_head % config["n_kv_head"] or config["d_head"] % parity:
+            raise InputError(f"{where}: the numbers of heads and channels do not fit")
+        return cls(family=family, **check(config, dict(d_head=COUNT, max_positions=COUNT), where))
 
 
 # ------------------------------------------------------------- what the layers of one pass share
@@ -187,6 +286,9 @@ class Context:
                        rope=rope, rows=rows)  # fmt: skip
 
 
+ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+
+
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al., 2021) for (B, N) positions."""
     r, d = config.rope, config.d_head
@@ -210,6 +312,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ modules
+
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -449,7 +552,7 @@ RENAME = {
         (r"\.attention\.output\.dense\.", ".attn.o."),
         (r"\.attention\.output\.LayerNorm\.", ".norm1."), (r"\.intermediate\.dense\.", ".mlp.up."),
         (r"\.output\.dense\.", ".mlp.down."), (r"\.output\.LayerNorm\.", ".norm2."),
-        (r"^lm_head\.layer_norm\.", "head.norm."), (r"^lm_head\.decoder\.", "decoder."),
+        (r"^lm_head\.layer_norm\.", "head.norm."),
         (r"^lm_head\.", "head."), (r"^classifier\.out_proj\.", "head.out."),
         (r"^classifier\.", "head."),
     ],
@@ -460,9 +563,11 @@ RENAME = {
         (r"\.post_attention_layernorm\.", ".norm2."),
     ],
 }  # fmt: skip
-# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler, and
-# the output embedding where it is the input embedding again.
-REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$|^decoder\."
+# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler; and
+# those that are mostly another one again.
+REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$"
+AGAIN = {"head.weight": "embed.weight", "head.decoder.weight": "embed.weight",
+         "head.decoder.bias": "head.bias"}  # fmt: skip
 
 
 def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -471,38 +576,35 @@ def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     for name, w in tensors.items():
         for pattern, new in RENAME[config.family]:
             name = re.sub(pattern, new, name)
-        if re.search(REDUNDANT, name) or (name == "head.weight" and config.tied):
+        if re.search(REDUNDANT, name):
             continue
+        w = torch.atleast_1d(w)
         if config.family == "gpt2" and re.search(r"\.(attn|mlp)\.\w+\.weight$", name):
-            w = w.t()  # GPT-2 stores these as (in, out)
+            w = w.transpose(0, -1)  # GPT-2 stores these as (in, out)
         if ".attn.c_attn." in name:  # q, k and v in one
-            for part, piece in zip("qkv", w.chunk(3), strict=True):
+            for part, piece in zip("qkv", w.chunk(3), strict=False):
                 out[name.replace("c_attn", part)] = piece
         elif name == "token_type.weight":
             out[name] = w[:1]
         else:
             out[name] = w
+    for name, other in AGAIN.items():
+        if config.tied and name in out and other in out and torch.equal(out[name], out[other]):
+            del out[name]
     return out
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
     names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
     index, single, legacy = (folder / name for name in names)
     if not (index.exists() or single.exists() or legacy.exists()):
         raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
-    tensors, files = {}, [single] if single.exists() else []
-    try:
-        if index.exists():
-            shards = json.loads(index.read_text())["weight_map"].values()
-            files = [folder / name for name in sorted(set(shards))]
-        for file in files:
-            with safe_open(file, framework="pt") as f:
-                tensors.update((name, f.get_tensor(name)) for name in f.keys())
-        return tensors or torch.load(legacy, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError,
-            KeyError, json.JSONDecodeError) as error:  # fmt: skip
-        raise InputError(f"the weights in {folder} cannot be read: {reason(error)}") from error
+    files = [single if single.exists() else legacy]
+    if index.exists():
+        shards = read_json(index, {"weight_map": (dict,)})["weight_map"].values()
+        files = [folder / name for name in sorted({*map(str, shards)})]
+    return {name: w for file in files for name, w in read_tensors(file).items()}
 
 
 def locate(path: str | Path) -> Path:
@@ -538,12 +640,7 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 def read_config(folder: Path) -> Config:
     """The Config in a checkpoint folder. Raises InputError if it is missing or unsupported."""
-    try:
-        return Config.from_hf(json.loads((folder / "config.json").read_text("utf-8")))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    return Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
 
 
 def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:
@@ -557,25 +654,22 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
     config = read_config(folder)
     if dropout is not None:
         config = replace(config, dropout=dropout)
+    have = convert(read_weights(folder), config)
+    if config.tied and head == "lm" and "head.weight" in have:  # transformers does the same
+        print(f"{folder}: config ties lm_head.weight to the embedding, but it differs: used as is")
+        config = replace(config, tied=False)
     with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter
         model = Transformer(config, head)
     wanted = model.state_dict()
-    have = convert(read_tensors(folder), config)
     head_names = {n for n in wanted if n.startswith("head.")}
     fits = all(n in have and have[n].shape == wanted[n].shape for n in head_names)
     if head != "lm" and not (fits and head_names):  # the checkpoint's head is for something else
         have = {n: w for n, w in have.items() if not n.startswith("head.")}
-        if head_names:
-            fresh = ClassificationHead(config, head).state_dict()
-            have.update({"head." + n: w for n, w in fresh.items()})
-    missing, extra = wanted.keys() - have.keys(), have.keys() - wanted.keys()
-    wrong = [n for n in wanted.keys() & have.keys() if wanted[n].shape != have[n].shape]
-    for what, names in [("lacks", missing), ("has unknown", extra), ("has misshapen", wrong)]:
-        if names:
-            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            sizes = [f" {tuple(have[n].shape)}, not {tuple(wanted[n].shape)}" for n in wrong[:1]]
-            detail = "".join(sizes) if names is wrong else ""
-            raise InputError(f"{folder} {what} {len(names)} tensor(s): {first}{detail}")
+        wanted = {n: w for n, w in wanted.items() if not n.startswith("head.")}
+    check_tensors(have, wanted, folder)
     have = {n: w.float().contiguous() for n, w in have.items()}
+    if head_names - have.keys():
+        fresh = ClassificationHead(config, head).state_dict()
+        have |= {"head." + n: w for n, w in fresh.items()}
     model.load_state_dict(have, assign=True)
     return model.eval()

@@ -56,11 +56,9 @@ class MoLExConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
-        if self.layers is not None and not set(self.layers) <= set(range(T)):
-            raise InputError(
-                f"layers {min(self.layers)}-{max(self.layers)} are to mix, but the model has"
-                f" layers 0-{T - 1}"
-            )
+        if any(t not in range(T) for t in self.layers or ()):
+            span = f"{self.layers[0]}-{self.layers[-1]}"
+            raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")
         inside = 0 < self.alpha < 1 if self.learn_alpha else 0 <= self.alpha <= 1
         if not inside:
             raise InputError(f"alpha is {self.alpha}, not between 0 and 1")

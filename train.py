@@ -72,6 +72,7 @@ from eval import (
     pick_device,
     read_predictions,
     read_run,
+    read_scores,
     summed_loss,
     task_head,
     trained_tensors,
@@ -80,7 +81,16 @@ from eval import (
     write_text,
 )
 from lora import load_loralib
-from model import InputError, Transformer, checkpoint_folder, read_config
+from model import (
+    InputError,
+    Transformer,
+    check,
+    checkpoint_folder,
+    fill,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from molex import MoLExConfig
 
 # ----------------------------------------------------------------------------------------- settings
@@ -400,16 +410,15 @@ def start_from(model: Transformer, path: Path) -> str:
         return "its LoRA"
     ours = {n: p for n, p in trained_tensors(model).items() if n not in task_head(model)}
     theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
-    shapes = [{n: x.shape for n, x in side.items()} for side in (ours, theirs)]
     names = ours.keys() | theirs.keys()
-    misfits = {n for n in names if shapes[0].get(n) != shapes[1].get(n)}
     gate = {n for n in names if n.startswith(("layers.gates.", "layers.alpha"))}
-    new = misfits & gate
-    if misfits - gate:
-        raise InputError(f"what {path} has trained has not the shapes of this run's LoRA")
-    for n in names - gate if new else names:
-        ours[n].copy_(theirs[n])
-    return "all but its head" + " and its gate, for want of one of this shape" * bool(new)
+    shapes = [{n: x.shape for n, x in side.items() if n in gate} for side in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
+    fill(ours, theirs, f"what {path} has trained does not fit this run: it")
+    return "all but its head" + " and its gate, for want of one of this shape" * (
+        shapes[0] != shapes[1]
+    )
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -530,15 +539,14 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
     losses: list[Tensor] = []  # of the steps since `settle`
     last, config = folder / "last.pt", folder / "config.json"
     if last.exists():
-        state = torch.load(last, weights_only=True, map_location="cpu")
-        then = state.get("origin", dict(settings={}, files={}, versions={}))
+        state = read_tensors(last, {"tensors": (dict,), "origin": (dict,)})
+        parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
+        then = check(state["origin"], parts, last)
         other = [n for part in ("settings", "files") for n in differences(then[part], made[part])]
         if other or not config.exists():
             raise InputError(f"{last} is of a run with another {', '.join(other or ['folder'])};"
                              " put that back, or pass --fresh to start anew")  # fmt: skip
-        with torch.no_grad():
-            for n, p in tensors.items():
-                p.copy_(state["tensors"][n])
+        fill(tensors, state["tensors"], last)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
@@ -626,7 +634,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     """Train and evaluate one run, or what is left of it; returns its folder."""
     folder, (rank, _) = out / s.name, world()
     if os.path.exists(folder / "config.json") and not fresh:
-        old = json.loads((folder / "config.json").read_text())
+        old = read_json(folder / "config.json")
         if changed := differences(old, json.loads(json.dumps(asdict(s)))):
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
@@ -684,7 +692,7 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
                   for n, (ours, theirs) in s.differs.items() if n != "beam_rule"]  # fmt: skip
         if s.init:
             lines.append(f"{name}: starts from {s.init} (paper: the best MNLI run)")
-        scores = json.loads((out / s.name / "scores.json").read_text())
+        scores = read_scores(out / s.name, s.task)
         for part, count in scores.get("examples", {}).items():
             official = PAPER["examples"].get(s.task, {}).get(part, count)
             if count != official:
@@ -729,7 +737,7 @@ def report(runs: list[Settings], out: Path) -> None:
     results = []  # [task][method][seed], the main score
     for task in tasks:
         folders = [[out / s.name for s in runs if (s.task, s.method) == (task, m)] for m in columns]
-        scores = [[json.loads((f / "scores.json").read_text()) for f in group] for group in folders]
+        scores = [[read_scores(f, task) for f in group] for group in folders]
         rows, metric = (ALPACA_ROWS, "dev_ppl") if task == "alpaca" else (E2E_ROWS, "bleu")
         if task in GLUE:
             name, metric = GLUE[task].folder, GLUE[task].metric

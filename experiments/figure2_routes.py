@@ -21,7 +21,6 @@ Where the paper is silent:
   (--molex-layers) has no choice to show, and stays white.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from eval import Parser, command_line, pick_device, plot_routes
-from model import InputError
+from eval import Parser, command_line, pick_device, plot_routes, read_settings
+from model import InputError, check, parse_json, read_text
 
 PAPER = {"mnli": "mainly middle", "mrpc": "mainly early", "cola": "slot 9 takes 2 in 100%",
          "qqp": "mainly middle"}  # fmt: skip
@@ -42,8 +41,14 @@ def read_routes(folder: Path) -> tuple[str, Tensor]:
     """The task of a finished run, and its `MoLEx.shares`. Raises InputError if it has none."""
     if not (folder / "routes.json").exists():
         raise InputError(f"{folder} holds no routes.json: it is not a finished run with MoLEx")
-    config, shares = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "routes"))
-    return config["task"], torch.tensor(shares)
+    path = folder / "routes.json"
+    rows = parse_json(read_text(path), path)
+    numbers = dict.fromkeys(range(len(rows)), (float, 0, 1e6)) if isinstance(rows, list) else None
+    if not numbers or any(not isinstance(r, list) or len(r) != len(rows) for r in rows):
+        raise InputError(f"{path} is no table of slots and layers")
+    for t, row in enumerate(rows):
+        check(dict(enumerate(row)), numbers, f"{path}, slot {t}, layer")
+    return read_settings(folder)["task"], torch.tensor(rows, dtype=torch.float32)
 
 
 def thirds(shares: Tensor) -> tuple[list[float], float]:

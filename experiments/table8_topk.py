@@ -22,7 +22,6 @@ Where the paper is silent:
 """
 
 import csv
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE
-from eval import Parser, accuracy, command_line, pick_device
+from eval import Parser, accuracy, command_line, pick_device, read_scores
 
 PAPER = {
     1: {("cola", "matthews"): "64.8 ± .5", ("qqp", "accuracy"): "91.0 ± .0",
@@ -44,7 +43,7 @@ SMALL = ["--model", "nano/roberta", "--data", "nano/glue", "--epochs", "2"]
 def scores(folder: Path, task: str) -> dict[str, float]:
     """The task's metric as the run reports it and, from its predictions, the accuracy."""
     metric = GLUE[task].metric
-    found = {metric: json.loads((folder / "scores.json").read_text())[metric]}
+    found = {metric: read_scores(folder, task)[metric]}
     with (folder / "predictions.tsv").open(encoding="utf-8", newline="") as file:
         rows = [*csv.DictReader(file, delimiter="\t")]
     return found | {

@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer
 from eval import command_line
-from model import Config, InputError, Transformer, convert, read_config, read_tensors
+from model import Config, InputError, Transformer, convert, read_config, read_weights
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise
 
 # Ids 0, 1, ...; text never encodes to them. GPT-2's one stands between documents.
@@ -172,7 +172,7 @@ def save_hf(model: Transformer, out: Path, config: dict) -> None:
         theirs[name] = (w.t() if matrix else w).to(torch.float16).contiguous()
     save_file(theirs, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    back = convert(read_tensors(out), read_config(out))
+    back = convert(read_weights(out), read_config(out))
     assert all(torch.equal(back[n], w.half()) for n, w in ours.items()), "not what was saved"
 
 

@@ -54,6 +54,8 @@ TINY = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=12, help="how many, see test_kills.py")
+    parser.addoption("--damage", type=int, default=400, metavar="N",
+                     help="test_damage.py: damaged copies of each file (%(default)s)")  # fmt: skip
 
 
 def need_shared(name: str) -> Path:

@@ -1015,7 +1015,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--init-from {tmp}/nosuch", "nosuch is not a run with a finished epoch"),
         ("--init-from {tmp}/wide.bin", "wide.bin was made for a model of another shape or rank"),
         ("--init-from {tmp}/deep.bin", "deep.bin was made for a model of another shape or rank"),
-        ("--init-from {tmp}/text.bin", "text.bin cannot be read as a LoRA"),
+        ("--init-from {tmp}/text.bin", "text.bin cannot be read: it is damaged"),
         ("--init-from {tmp}/none.bin", "none.bin holds no lora_A and lora_B"),
         ("--init-from {lora} {molex} {lora}", "--init-from"),
         ("--max-length 5", "2 texts do not fit into 5 tokens; raise --max-length"),

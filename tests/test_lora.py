@@ -3,7 +3,6 @@
 pytest tests/test_lora.py
 """
 
-import json
 from pathlib import Path
 
 import peft
@@ -109,11 +108,20 @@ def test_what_is_saved_here_loads_in_peft_and_here(checkpoint, tmp_path, name):
     assert config.target_modules == set(TARGETS[name]) and changes_much(model, name)
 
 
+def test_all_four_projections_of_a_roberta_load_in_peft(checkpoint, tmp_path):
+    model = adapted(checkpoint("roberta"), targets=("q", "k", "v", "o"))
+    save_lora(model, tmp_path)
+    close(theirs(peft.PeftModel.from_pretrained(tiny("roberta"), tmp_path)), ours(model))
+    targets = peft.PeftConfig.from_pretrained(tmp_path).target_modules
+    assert targets == {"query", "key", "value", "attention.output.dense"}  # not the MLP's "dense"
+
+
 @pytest.mark.parametrize(
     "name, modules, targets",
     [
         ("roberta", ["query", "value"], "qv"),
         ("roberta", ["query", "key"], "kq"),
+        ("roberta", ["query", "key", "value", "attention.output.dense"], "koqv"),
         ("llama", ["q_proj", "v_proj"], "qv"),
         ("llama", ["q_proj", "k_proj", "v_proj", "o_proj"], "koqv"),
     ],
@@ -248,8 +256,8 @@ def test_cannot_be_saved(checkpoint, tmp_path):
     [
         ("gpt2", dict(), "c_attn.lora_B.weight is not one for q and one for v"),
         ("gpt2", dict(r=1), "not one for q and one for v"),
-        ("gpt2", dict(target_modules=["c_fc"]), "adapts c_fc, which is not q, k, v or o here"),
-        ("llama", dict(target_modules=["gate_proj"]), "adapts gate_proj, which is not q, k, v or"),
+        ("gpt2", dict(target_modules=["c_fc"]), "adapts mlp.c_fc, which is not q, k, v or o here"),
+        ("llama", dict(target_modules=["gate_proj"]), "adapts mlp.gate_proj, which is not q, k"),
         ("llama", dict(use_dora=True), "adapts .*lora_magnitude_vector.*, which is not a LoRA on"),
         ("llama", dict(modules_to_save=["lm_head"]), "adapts .*lm_head.weight, which is not a LoR"),
         ("llama", dict(layers_to_transform=[0]), "made for a model of another shape"),
@@ -272,23 +280,33 @@ def test_adapter_of_another_model(checkpoint, tmp_path, changes):
     save_lora(adapted(tmp_path / "model"), tmp_path / "lora")
     with pytest.raises(InputError, match="lora was made for a model of another shape"):
         load_lora(load(checkpoint("llama")), tmp_path / "lora")
-    with pytest.raises(InputError, match="adapts q_proj, which is not q, k, v or o here"):
+    with pytest.raises(InputError, match="adapts self_attn.q_proj, which is not q, k, v or o here"):
         load_lora(load(checkpoint("roberta")), tmp_path / "lora")
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "file, content, message",
     [
-        lambda f: (f / "adapter_config.json").unlink(),
-        lambda f: (f / "adapter_config.json").write_text("{"),
-        lambda f: (f / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1})),
-        lambda f: (f / "adapter_model.safetensors").unlink(),
-        lambda f: (f / "adapter_model.safetensors").write_bytes(b"cut"),
+        ("adapter_config.json", None, "cannot read .*adapter_config.json: No such file"),
+        ("adapter_config.json", b"{", "is not JSON"),
+        ("adapter_config.json", b'{"lora_alpha": 1}', "lacks r$"),
+        ("adapter_config.json", b'{"lora_alpha": 1, "r": -5}', "r is -5, not int from 1 to"),
+        (
+            "adapter_config.json",
+            b'{"lora_alpha": 1, "r": 99}',
+            "rank of a LoRA is 99, not from 1 t",
+        ),
+        ("adapter_config.json", b'{"lora_alpha": 1, "r": "4"}', "r is '4', not int from 1 to"),
+        ("adapter_config.json", b"[4]", r"holds \[4\], not names with values"),
+        ("adapter_model.safetensors", None, "cannot be read: No such file"),
+        ("adapter_model.safetensors", b"cut", "cannot be read"),
     ],
 )
-def test_damaged_adapter(checkpoint, tmp_path, damage):
+def test_damaged_adapter(checkpoint, tmp_path, file, content, message):
     save_lora(adapted(checkpoint("llama")), tmp_path)
-    damage(tmp_path)
-    with pytest.raises(InputError, match="holds no LoRA in peft's format") as caught:
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
         load_lora(load(checkpoint("llama")), tmp_path)
-    assert str(tmp_path) in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or "rank" in message

@@ -5,6 +5,7 @@ pytest tests/test_model.py
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -431,7 +432,7 @@ def test_hub_name_without_safetensors(checkpoint, monkeypatch, tmp_path):
     [
         ("gpt2", dict(model_type="bert"), "model_type 'bert' is not supported; use gpt2"),
         ("gpt2", dict(model_type=None), "model_type None is not supported"),
-        ("gpt2", dict(n_head=None, n_embd=None), "config.json lacks n_embd, n_head$"),
+        ("gpt2", dict(n_head=None, n_embd=None), "config.json lacks n_embd$"),
         ("roberta", dict(intermediate_size=None), "config.json lacks intermediate_size"),
         ("llama", dict(rope_parameters=ROPE | dict(rope_type="yarn")), "rope_type 'yarn'"),
         ("gpt2", dict(activation_function="relu"), "activation 'relu' is not one of"),
@@ -468,6 +469,124 @@ def test_tensors_that_do_not_fit(checkpoint, tmp_path, changes, message):
         load(write(tmp_path, config, tensors))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_named(checkpoint, tmp_path, value):
+    config, tensors = parts(checkpoint("gpt2"))
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = value
+    message = r"has NaN or infinite values in 1 tensor\(s\): layers.blocks.1.mlp.up.weight$"
+    with pytest.raises(InputError, match=message):
+        load(write(tmp_path, config, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(checkpoint, tmp_path, dtype):
+    config, tensors = parts(checkpoint("llama"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].mul(10).to(dtype)
+    with pytest.raises(InputError, match=r"has quantized 1 .*: layers.blocks.0.attn.q.weight$"):
+        load(write(tmp_path, config, tensors))
+
+
+def test_a_quantization_config_is_refused(checkpoint, tmp_path):
+    config, tensors = parts(checkpoint("llama"))
+    load(write(tmp_path, config | dict(quantization_config=None), tensors))
+    config["quantization_config"] = dict(quant_method="bitsandbytes", load_in_8bit=True)
+    with pytest.raises(InputError, match="sets quantization_config to {'load_in_8bit': True"):
+        load(write(tmp_path, config, tensors))
+
+
+HEADS = {"gpt2": "transformer.wte.weight", "llama-tied": "model.embed_tokens.weight"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEADS)
+def test_a_tied_head_that_differs_is_used_as_in_transformers(checkpoint, tmp_path, capsys, name):
+    config, tensors = parts(checkpoint(name))
+    ids, embedding = random_ids(2, 10), tensors[HEADS[name]]
+    load(write(tmp_path, config, tensors | {"lm_head.weight": embedding.clone()}))
+    assert capsys.readouterr().out == ""  # it is the embedding again
+    write(tmp_path, config, tensors | {"lm_head.weight": embedding.flip(0)})
+    ours, reference = load(tmp_path), TINY[name][0].from_pretrained(tmp_path).eval()
+    assert re.search(r"ties lm_head.weight .* differs: used as is", capsys.readouterr().out)
+    close(ours(ids), theirs(reference, ids))
+    assert (ours(ids) - load(checkpoint(name))(ids)).abs().max() > 0.1
+    load(tmp_path, head=2), load(tmp_path, head="none")
+    assert capsys.readouterr().out == ""  # it is not used
+
+
+def test_a_roberta_with_a_decoder_of_its_own_is_refused(checkpoint, tmp_path):
+    """transformers would use it; there is no such head here."""
+    config, tensors = parts(checkpoint("roberta"))
+    embedding = tensors["roberta.embeddings.word_embeddings.weight"]
+    folder = write(tmp_path, config, tensors | {"lm_head.decoder.weight": embedding.flip(0)})
+    with pytest.raises(InputError, match=r"has unknown 1 tensor\(s\): head.decoder.weight"):
+        load(folder)
+    load(folder, head=2)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("gpt2", dict(n_embd="32"), "n_embd is '32', not int from 1 to"),
+        ("gpt2", dict(n_head=0), "n_head is 0, not int from 1 to"),
+        ("gpt2", dict(n_layer=True), "n_layer is True, not int"),
+        ("gpt2", dict(resid_pdrop=1.5), "resid_pdrop is 1.5, not float from 0 to 1"),
+        ("gpt2", dict(layer_norm_epsilon=math.nan), "layer_norm_epsilon is nan, not float"),
+        ("gpt2", dict(eos_token_id=VOCAB), "eos_token_id is 97, not int from 0 to 96"),
+        ("gpt2", dict(n_head=33), "d_head is 0, not int from 1 to"),
+        ("roberta", dict(pad_token_id=96), "max_positions is -31, not int from 1 to"),
+        ("llama", dict(num_key_value_heads=3), "numbers of heads and channels do not fit"),
+        ("llama", dict(head_dim=5), "numbers of heads and channels do not fit"),
+        ("llama", dict(rope_parameters=ROPE | dict(factor="x")), "factor is 'x', not float from"),
+        ("llama", dict(rope_parameters=dict(rope_type="llama3")), "lacks factor$"),
+    ],
+)
+def test_values_of_the_config_are_checked(checkpoint, tmp_path, name, changes, message):
+    config, tensors = parts(checkpoint(name))
+    with pytest.raises(InputError, match=message) as caught:
+        load(write(tmp_path, config | changes, tensors))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"[1]", r"holds \[1\], not names with values"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+        (b'{"a":' * 100_000, "is not JSON: maximum recursion depth"),
+        (b"\xff{}", "is not UTF-8 text"),
+        ("{}".encode("utf-16"), "is not UTF-8 text"),
+        (b'{"model_type": "\\u0007\\n"}', "model_type"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_config(tmp_path)
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+
+
+def test_a_pickle_that_holds_code_is_refused_in_a_sentence(checkpoint, tmp_path):
+    folder = write(tmp_path, *parts(checkpoint("gpt2")))
+    path = to_bin(folder, {"a": Path("runs code when loaded")})
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    assert str(caught.value) == f"{path} cannot be read: it is damaged, or holds code"
+
+
+def test_a_changed_byte_in_a_pickle_is_noticed(checkpoint, tmp_path):
+    """torch itself would load it."""
+    config, tensors = parts(checkpoint("gpt2"))
+    path = to_bin(write(tmp_path, config, tensors), tensors)
+    data = bytearray(path.read_bytes())
+    data[data.index(tensors["transformer.wte.weight"].numpy().tobytes()[:64])] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match="in it is not what was written"):
+        load(tmp_path)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -488,7 +607,7 @@ SHARDS = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").unlink(), "cannot read .*config.json: No such file"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors and no pytorch"),
         (lambda f: cut(f / "model.safetensors"), "cannot be read"),
@@ -497,8 +616,8 @@ SHARDS = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
         (lambda f: to_bin(f, {}).write_bytes(b""), "cannot be read"),
         (lambda f: to_bin(f, {"a": Path("runs code when loaded")}), "cannot be read"),
         (lambda f: index(f, SHARDS), "cannot be read.*model-00001-of-00002.safetensors"),
-        (lambda f: index(f, "{"), "cannot be read"),
-        (lambda f: index(f, "{}"), "cannot be read.*weight_map"),
+        (lambda f: index(f, "{"), "index.json is not JSON"),
+        (lambda f: index(f, "{}"), "index.json lacks weight_map"),
     ],
 )
 def test_damaged_checkpoint(checkpoint, tmp_path, damage, message):

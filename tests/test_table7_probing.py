@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from experiments.table7_probing import GRID, Probes, features, probe
 from experiments.table7_tasks import FILES, make_tasks, read_senteval, sentences, swaps
 from model import checkpoint_folder, load
 from molex import MoLExConfig, upcycle
+from train import Settings
 
 TEXTS = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
 BOUNDS = {"0": (5, 8), "1": (9, 12), "2": (13, 16), "3": (17, 20), "4": (21, 25), "5": (26, 28)}
@@ -315,8 +317,7 @@ def test_the_papers_numbers_are_below(monkeypatch):
 
 
 def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
-    config = dict(model="nano/gpt2", task="e2e", tune="lora", dropout=0.0, lora_r=4, lora_alpha=32,
-                  lora_dropout=0.0, molex={})  # fmt: skip
+    config = asdict(Settings(model="nano/gpt2", task="e2e", data=None, seed=0, molex=None))
     tables = []
     for strength in (0, 3):
         model, _ = build(config, torch.device("cpu"))
