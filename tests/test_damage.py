@@ -339,6 +339,9 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
     shutil.copytree(files, root)
     text = (root / "run" / "config.json").read_text()
     (root / "run" / "config.json").write_text(text.replace(str(files), str(root)))
+    state = torch.load(root / "run" / "last.pt", weights_only=True)
+    state["origin"]["settings"] |= dict(model=str(root / "model"), data=str(root / "e2e"))
+    torch.save(state, root / "run" / "last.pt")
     sound, read = (root / name).read_bytes(), READERS[name]
     read_quietly(read, root)
     kinds = [k for k in KINDS if "json" in name or k != "JSON of another type"]
