@@ -186,6 +186,8 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
         if not pairs:
             raise InputError(f"{folder} adapts {path}, which is not q, k, v or o here")
         state.update({f"layers.blocks.{i}.attn.{p}.{side}": x for p, x in pairs})
+    if not state:
+        raise InputError(f"{folder} holds no LoRA")
     targets = tuple(sorted({name.split(".")[-2] for name in state}))
     factor = 2 if family == "gpt2" else 1
     add_lora(model, r // factor, alpha / factor, dropout, targets)

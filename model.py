@@ -610,7 +610,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def locate(path: str | Path) -> Path:
     """The path as given or, if nothing is there, beside these scripts ("nano/gpt2")."""
     beside = Path(__file__).parent / path
-    return beside if beside.exists() and not Path(path).exists() else Path(path)
+    try:
+        return beside if beside.exists() and not Path(path).exists() else Path(path)
+    except OSError as error:
+        raise InputError(f"{path} is not a path: {error.strerror}") from None
 
 
 def checkpoint_folder(name: str | Path) -> Path:

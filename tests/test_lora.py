@@ -300,6 +300,7 @@ def test_adapter_of_another_model(checkpoint, tmp_path, changes):
         ("adapter_config.json", b"[4]", r"holds \[4\], not names with values"),
         ("adapter_model.safetensors", None, "cannot be read: No such file"),
         ("adapter_model.safetensors", b"cut", "cannot be read"),
+        ("adapter_model.safetensors", b"\x02" + bytes(7) + b"{}", "holds no LoRA$"),
     ],
 )
 def test_damaged_adapter(checkpoint, tmp_path, file, content, message):

@@ -402,6 +402,13 @@ def test_unknown_model(monkeypatch, reason):
     assert "\n" not in str(caught.value) and (reason[:3] or "ConnectionError") in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["9" * 5000, "a\0b", "\ud800", "", "a/" * 3000])
+def test_a_name_that_can_be_no_path(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError):
+        load(name)
+
+
 def test_hub_name(checkpoint, monkeypatch):
     asked = []
     monkeypatch.setattr(
