@@ -643,6 +643,8 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 def read_config(folder: Path) -> Config:
     """The Config in a checkpoint folder. Raises InputError if it is missing or unsupported."""
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
     return Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
 
 

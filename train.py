@@ -415,7 +415,7 @@ def start_from(model: Transformer, path: Path) -> str:
     shapes = [{n: x.shape for n, x in side.items() if n in gate} for side in (ours, theirs)]
     if shapes[0] != shapes[1]:
         ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
-    fill(ours, theirs, f"what {path} has trained does not fit this run: it")
+    fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
     return "all but its head" + " and its gate, for want of one of this shape" * (
         shapes[0] != shapes[1]
     )

@@ -591,7 +591,7 @@ def test_a_dev_set_of_prompts_too_long_to_answer_is_still_scored(tmp_path, token
         ("--data {tmp}/one.json", "{tmp}/one.json holds too few examples to hold one out"),
         ("--max-length 9", "no prompt fits into 9 tokens; raise --max-length"),
         ("--model nano/roberta", "nano/roberta is an encoder, which cannot write text"),
-        ("--model {tmp}", "config.json: No such file"),
+        ("--model {tmp}", "holds no config.json"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(file, tmp_path, failure, flags, message):
