@@ -688,8 +688,10 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
     lines = []
     for s in runs:
         name = GLUE[s.task].folder if s.task in GLUE else s.task
-        lines += [f"{name}: {n.replace('_', ' ')} {ours} (paper: {theirs})"
-                  for n, (ours, theirs) in s.differs.items() if n != "beam_rule"]  # fmt: skip
+        for n, pair in s.differs.items():
+            ours, theirs = ("none" if value is None else value for value in pair)
+            if n != "beam_rule":  # below
+                lines.append(f"{name}: {n.replace('_', ' ')} {ours} (paper: {theirs})")
         if s.init:
             lines.append(f"{name}: starts from {s.init} (paper: the best MNLI run)")
         scores = read_scores(out / s.name, s.task)
@@ -698,7 +700,7 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
             if count != official:
                 lines.append(f"{name}: {count:,} {part} examples (official data: {official:,})")
         if s.task == "e2e" and s.beam_rule != "lora":
-            lines.append("e2e: beam rule transformers (paper, probably: lora)")
+            lines.append("e2e: beam search as in transformers (paper, probably: --beam-rule lora)")
         if s.task == "e2e" and not is_tokenized(s.data):
             lines.append("e2e: the official text, as people wrote it (paper, probably: the public"
                          " LoRA code's tokenized train.txt, valid.txt and test.txt)")  # fmt: skip

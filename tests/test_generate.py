@@ -7,6 +7,7 @@ and MoLEx's routes.
     pytest tests/test_generate.py
 """
 
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -316,3 +317,9 @@ def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens
     for batch_size in (1, 2, 16):
         found = generate(model, tokenizer, texts, batch_size, **search)
         assert found == [text.strip() for text in expected]
+
+
+def test_the_defaults_are_table_6s():
+    names = inspect.signature(beam_search).parameters
+    found = [names[n].default for n in ("beams", "length_penalty", "no_repeat_ngram")]
+    assert found == [10, 0.9, 4] and names["beam_rule"].default == "transformers"

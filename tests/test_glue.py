@@ -866,7 +866,7 @@ def test_whatever_is_not_the_papers_stands_below_its_numbers(hub, tmp_path, caps
     lines = report("--epochs 3 --max-steps 25 --vote mode --batch-times 8", train=3367, dev=277)
     assert [line.strip() for line in lines] == [
         "RTE: epochs 3 (paper: 80)",
-        "RTE: max steps 25 (paper: None)",
+        "RTE: max steps 25 (paper: none)",
         "RTE: batch times 8 (paper: 1)",
         "RTE: 3,367 train examples (official data: 2,490)",
         "RTE: vote mode (paper: mean)",

@@ -431,9 +431,9 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
     main()
     out = capsys.readouterr().out
     lines = out.partition("Not as in the paper:")[2]
-    assert re.search(r"BLEU .* 70\.7 ± \.4", out) and "max steps 3 (paper: None)" in lines
+    assert re.search(r"BLEU .* 70\.7 ± \.4", out) and "max steps 3 (paper: none)" in lines
     assert "40 train examples (official data: 42,061)" in lines and "official text" not in lines
-    assert "beam rule transformers (paper, probably: lora)" in lines
+    assert "beam search as in transformers (paper, probably: --beam-rule lora)" in lines
     folder = tmp_path / "runs/nano-gpt2-e2e-molex-s0"
     table = (folder / "predictions.tsv").read_text("utf-8").splitlines()
     assert table[1].startswith("name : ") and len(table) == 6
