@@ -453,6 +453,8 @@ def beam_search(
     The prompts go through the model once, padded on the left; then their keys and values are
     repeated for every beam (prefill, then replicate). Prompts that are done leave the batch.
     """
+    if beam_rule not in ("transformers", "lora"):
+        raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
     device, length = model.embed.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts])
@@ -623,7 +625,7 @@ RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's con
     model=(str,), task=(str,), data=(str, None), tune=(str,), molex=(dict, None), dropout=SHARE,
     lora_r=COUNT, lora_alpha=NUMBER, lora_dropout=SHARE, max_length=COUNT, eval_batch=COUNT,
     beams=FEW, length_penalty=(float, 0, 100), no_repeat_ngram=(int, 0, 4096), max_new_tokens=FEW,
-    test_limit=(*COUNT, None),
+    test_limit=(*COUNT, None), beam_rule=(str,), epochs=COUNT, max_steps=(*COUNT, None),
 )  # fmt: skip
 GATE = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()} | {"layers": (list, None)}
 

@@ -373,6 +373,36 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
     assert not failures, f"{len(failures)} of them: " + "\n".join(failures[:20])
 
 
+def test_a_run_whose_settings_lack_one_is_evaluated_or_refused_in_one_line(
+    files, tmp_path, monkeypatch
+):
+    """Whatever evaluation reads of them is asked for when they are read."""
+
+    def stands_in(model, tokenizer, config, folder):
+        evaluation.search_settings(config), evaluation.read_test(config)
+        return {n: config[n] for n in ("eval_batch", "max_length", "max_new_tokens")}
+
+    monkeypatch.setattr(evaluation, "evaluate_e2e", stands_in)
+    monkeypatch.setattr(evaluation, "plot_routes", lambda *_: None)
+    root = tmp_path / "files"
+    shutil.copytree(files, root)
+    path = root / "run" / "config.json"
+    config = json.loads(path.read_text().replace(str(files), str(root)))
+    refused = set()
+    for name in config:
+        path.write_text(json.dumps({n: v for n, v in config.items() if n != name}))
+        try:
+            evaluation.evaluate_run(root / "run", CPU)
+        except InputError as error:
+            assert str(error).endswith(f"config.json lacks {name}")
+            refused.add(name)
+    assert {"epochs", "max_steps", "beams", "beam_rule", "test_limit"} <= refused
+    path.write_text(json.dumps(config | dict(beam_rule="both")))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="beam_rule is 'both', not transformers or lora"):
+        evaluation.evaluate_run(root / "run", CPU)
+
+
 def read_quietly(read: Callable[[Path], object], root: Path) -> None:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
