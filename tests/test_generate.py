@@ -288,6 +288,14 @@ def test_prompts_go_through_once_and_finished_ones_leave(pair):
     assert not any(rows)
 
 
+def test_the_search_keeps_nothing_for_a_backward_pass():
+    model, seen = lora_model("gpt2").train(), []
+    model.layers.register_forward_hook(lambda _, args, out: seen.append(out.requires_grad))
+    model(torch.tensor([[3, 4]]))
+    beam_search(model, random_prompts(2), 0, beams=2, max_new_tokens=3)
+    assert seen[0] and len(seen) > 2 and not any(seen[1:])
+
+
 def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens():
     """A vocabulary of the 256 bytes and 100 special tokens, the first of them the end of text."""
     config = Config(

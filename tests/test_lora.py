@@ -228,6 +228,13 @@ def test_merge_and_unmerge(checkpoint, name):
         close(lora.base.weight, weights[n])
 
 
+def test_merging_and_unmerging_leave_the_weights_frozen(checkpoint):
+    model = adapted(checkpoint("llama"))
+    for change in (merge, unmerge):
+        change(model)
+        assert not any(lora.base.weight.requires_grad for lora in loras(model).values())
+
+
 @torch.no_grad()
 def test_remove(checkpoint):
     plain, model, merged = load(checkpoint("gpt2")), *(adapted(checkpoint("gpt2")) for _ in "ab")
