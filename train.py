@@ -242,16 +242,11 @@ def make_parser() -> Parser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
-    parser.add_argument(
-        "--init-from",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="finished run of the same model to start from: its LoRA, and its gate"
-        " and alpha if they have the same shape; or a .bin LoRA of the public LoRA"
-        " code (made with --lora-alpha 16); with --compare, a run with MoLEx and"
-        " one without. --task glue: MRPC, RTE and STS-B alone, as in Table 9",
-    )
+    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN",
+                        help="finished run of the same model to start from: its LoRA, and its gate"
+                        " and alpha if they have the same shape; or a .bin LoRA of the public LoRA"
+                        " code (made with --lora-alpha 16); with --compare, one with MoLEx and one"
+                        " without. --task glue: MRPC, RTE, STS-B alone (Table 9)")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     for cls, names in ((Settings, OWN), (MoLExConfig, GATE)):
@@ -413,12 +408,11 @@ def start_from(model: Transformer, path: Path) -> str:
     names = ours.keys() | theirs.keys()
     gate = {n for n in names if n.startswith(("layers.gates.", "layers.alpha"))}
     shapes = [{n: x.shape for n, x in side.items() if n in gate} for side in (ours, theirs)]
-    if shapes[0] != shapes[1]:
+    new = shapes[0] != shapes[1]
+    if new:
         ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
     fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
-    return "all but its head" + " and its gate, for want of one of this shape" * (
-        shapes[0] != shapes[1]
-    )
+    return "all but its head" + " and its gate, for want of one of this shape" * new
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -566,9 +560,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         """Add up the losses since the last call. They, and at last the weights, must be finite."""
         nonlocal loss_sum
         broken = not torch.stack([p.isfinite().all() for p in tensors.values()]).all()
-        for n, loss in enumerate(
-            torch.stack(losses).tolist() if losses else [], step - len(losses)
-        ):
+        recent = torch.stack(losses).tolist() if losses else []  # one transfer for all
+        for n, loss in enumerate(recent, step - len(recent)):
             loss_sum += loss
             if not math.isfinite(loss_sum) or broken and n + 1 == step:
                 where = f"step {n + 1} (batch {n % per_epoch + 1} of epoch {n // per_epoch + 1})"
