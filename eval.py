@@ -353,7 +353,7 @@ def classify(model: Transformer, examples: list[Example], batch_size: int) -> li
     found = []
     for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False):
         batch = collate([examples[j] for j in order[i : i + batch_size]]).to(device)
-        with autocast(device):
+        with autocast(model):
             logits = model(batch.ids, batch.mask).float()
         found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
     model.train(training)
@@ -385,7 +385,7 @@ def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -
     (logits are computed for those alone) or of the labels; squared error of scores."""
     device = model.embed.weight.device
     batch = collate(examples).to(device)
-    with autocast(device):
+    with autocast(model):
         if isinstance(model.head, ClassificationHead):
             logits = model(batch.ids, batch.mask)[batch.where].float()
         else:
@@ -530,14 +530,15 @@ def pick_device(name: str | None = None) -> torch.device:
         raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bfloat16 for matrix products on CUDA; on the CPU nothing changes."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(model: Transformer) -> AbstractContextManager:
+    """Matrix products in the model's precision."""
+    device = model.embed.weight.device.type
+    return torch.autocast(device, torch.bfloat16) if model.bf16 else nullcontext()
 
 
 def cast_frozen(model: Transformer) -> None:
-    """On CUDA, frozen linear layers in bfloat16: autocast would cast them again in every pass."""
-    if model.embed.weight.is_cuda:
+    """For bf16, frozen linear layers in bfloat16: autocast would cast them again in every pass."""
+    if model.bf16:
         for m in model.layers.blocks.modules():
             if isinstance(m, nn.Linear) and not m.weight.requires_grad:
                 m.to(torch.bfloat16)
@@ -597,6 +598,7 @@ def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
     folder, tune = checkpoint_folder(config["model"]), config["tune"]
     head = max(1, len(GLUE[config["task"]].labels)) if config["task"] in GLUE else "lm"
     model = load(config["model"], head=head, dropout=config["dropout"])
+    model.precision = config["precision"]
     if tune == "lora":
         add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"])
     if tune == "bitfit":
@@ -626,6 +628,7 @@ RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's con
     lora_r=COUNT, lora_alpha=NUMBER, lora_dropout=SHARE, max_length=COUNT, eval_batch=COUNT,
     beams=FEW, length_penalty=(float, 0, 100), no_repeat_ngram=(int, 0, 4096), max_new_tokens=FEW,
     test_limit=(*COUNT, None), beam_rule=(str,), epochs=COUNT, max_steps=(*COUNT, None),
+    precision=(str, None),
 )  # fmt: skip
 GATE = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()} | {"layers": (list, None)}
 
@@ -670,7 +673,7 @@ def generate(
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
-    with autocast(model.embed.weight.device), tqdm(total=len(ids), desc="beam search") as bar:
+    with autocast(model), tqdm(total=len(ids), desc="beam search") as bar:
         for i in range(0, len(order), batch_size):
             some = order[i : i + batch_size]
             found = beam_search(model, [ids[j] for j in some], tokenizer.eos, **search)

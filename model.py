@@ -341,6 +341,8 @@ class Attention(nn.Module):
         # (B, N, heads * d) -> (B, heads, N, d)
         q, k, v = (p(x).view(B, N, -1, self.config.d_head).transpose(1, 2)
                    for p in (self.q, self.k, self.v))  # fmt: skip
+        if not x.is_cuda:  # the CPU's attention in bfloat16 is slow backwards
+            q, k, v = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (q, k, v))
         if ctx.rope is not None:
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None:
@@ -348,10 +350,11 @@ class Attention(nn.Module):
         groups = self.config.n_head // self.config.n_kv_head
         if groups > 1:  # grouped-query attention: neighbouring heads share a key and a value
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None,
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )  # fmt: skip
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None,
+                dropout_p=self.config.dropout if self.training else 0.0,
+            )  # fmt: skip
         return self.o(y.transpose(1, 2).reshape(B, N, -1))
 
 
@@ -448,6 +451,7 @@ class Transformer(nn.Module):
         if config.activation not in ACTIVATIONS:
             raise InputError(f"activation {config.activation!r} is not one of {[*ACTIVATIONS]}")
         c, self.config = config, config
+        self.precision: str | None = None  # of matrix products, "bf16" or "float32"; see `bf16`
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         if c.family != "llama":
             offset = c.pad + 1 if c.family == "roberta" else 0
@@ -463,6 +467,11 @@ class Transformer(nn.Module):
             self.head = MaskedLMHead(c)
         elif head == "lm" and not c.tied:
             self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products are in bfloat16: by default on CUDA only."""
+        return self.precision == "bf16" or self.precision is None and self.embed.weight.is_cuda
 
     def hidden(
         self,

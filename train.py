@@ -140,6 +140,7 @@ class Settings:
     no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
     max_new_tokens: int = setting(64, "longest answer")
     beam_rule: str = setting("transformers", "whose beam search: transformers', or lora's code's")
+    precision: str | None = setting(None, "bf16 or float32 matrix products (on CUDA bf16)")
     eval_batch: int = setting(16, "sequences evaluated together")
     test_limit: int | None = setting(None, "decode only so many MRs of the test set")
 
@@ -223,6 +224,7 @@ def layer_range(text: str) -> tuple[int, ...]:
 
 OWN = {f.name: f.metadata["help"] for f in fields(Settings) if f.metadata}
 HELP |= OWN
+CHOICES = {"tune": [*TUNE], "beam_rule": ["transformers", "lora"], "precision": ["bf16", "float32"]}
 GATE = [f.name for f in fields(MoLExConfig)]
 DEFAULTS = {f.name: f.default for cls in (Settings, MoLExConfig) for f in fields(cls)}
 
@@ -255,8 +257,8 @@ def make_parser() -> Parser:
             default = getattr(cls, name)
             flag = "--molex-layers" if name == "layers" else "--" + name.replace("_", "-")
             how = dict(type=int if default is None else type(default))
-            if name in ("tune", "beam_rule"):
-                how = dict(choices=[*TUNE] if name == "tune" else ["transformers", "lora"])
+            if name in CHOICES:
+                how = dict(choices=CHOICES[name])
             if name == "layers":
                 how = dict(type=layer_range, metavar="0-11")
             if isinstance(default, bool):

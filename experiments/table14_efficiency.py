@@ -104,7 +104,7 @@ def measure(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            with autocast(ids.device):
+            with autocast(model):
                 model(ids)
             if ids.is_cuda:
                 torch.cuda.synchronize()

@@ -74,7 +74,7 @@ def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tens
 
     hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in layers.blocks]
     hooks.append(layers.register_forward_hook(lambda m, args, z: store(len(m.blocks) - 1, z)))
-    with autocast(device):
+    with autocast(model):
         for i in tqdm(range(0, len(order), 64), "states", leave=False):
             rows = order[i : i + 64]
             batch = collate([Example(ids[j]) for j in rows]).to(device)

@@ -130,7 +130,7 @@ def test_every_setting_has_a_flag():
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
-        tune="full", clip=0.5, adam_eps=0.5, beam_rule="lora",
+        tune="full", clip=0.5, adam_eps=0.5, beam_rule="lora", precision="bf16",
     )  # fmt: skip
     gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
                 gate_weight="prob", route="sequence")  # fmt: skip
@@ -170,6 +170,29 @@ def test_logits_only_where_there_is_a_target(monkeypatch):
     monkeypatch.setattr(model, "logits", lambda h: rows.append(h.shape) or logits(h))
     train.summed_loss(model, examples, 0.0)
     assert rows == [(sum(len(e.answer) for e in examples), model.config.d_model)]
+
+
+@pytest.mark.parametrize("molex", [False, True])
+def test_bf16_rounds_the_products_and_nothing_that_is_trained(molex):
+    losses, trained = {}, {}
+    for precision in ("float32", "bf16"):
+        s = settings(f"--precision {precision} --lora-dropout 0 --warmup 1", molex)
+        model, tokenizer = prepare(s, CPU)
+        optimizer, schedule = make_optimizer(model, s, 9)
+        losses[precision] = []
+        for _ in range(3):
+            losses[precision].append(train_step(model, optimizer, some_examples(tokenizer), s))
+            schedule.step()
+        trained[precision] = trained_tensors(model)
+        assert {p.dtype for p in trained[precision].values()} == {torch.float32}
+        held = model.layers.blocks[0].attn.q.base.weight.dtype
+        assert held == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    for exact, rounded in zip(*losses.values(), strict=True):
+        assert exact != rounded and abs(exact - rounded) < 0.01 * exact
+    for n, p in trained["float32"].items():  # the same way, but for what rounding turns
+        if ".B" in n:
+            both = torch.stack([p, trained["bf16"][n]]).flatten(1)
+            assert torch.cosine_similarity(*both, dim=0) > 0.95, n
 
 
 def test_micro_batches_add_up_to_the_batch():
