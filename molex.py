@@ -146,7 +146,8 @@ class MoLEx(nn.Module):
 
         On CUDA the slot's own layer runs on the current stream while the gate and the layers it
         chooses run on a second one. Their names have to reach the CPU, which starts them, but that
-        waits for the second stream alone. On the CPU one runs after the other.
+        waits for the second stream alone. On the CPU one runs after the other. With route="sequence"
+        a layer that any sequence chose runs for all, with weight zero where it was not chosen.
         """
         if z.is_cuda:
             main = torch.cuda.current_stream(z.device)
@@ -160,18 +161,14 @@ class MoLEx(nn.Module):
                 self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
             picks = self.choose(t, log_a, best, ctx)
             w = self.weights(log_a, picks)
-            others = self.run_others(t, z, ctx, picks)
+            chosen = sorted({j for pick in picks for j in pick})
+            others = {j: self.blocks[j](z, ctx, slot=t) for j in chosen if j != t}
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in (w, *(x for _, rows, out in others for x in (rows, out) if x is not None)):
+            for x in (w, *others.values()):
                 x.record_stream(main)
         u = own - z
-        v = w[..., t, None] * u if any(t in pick for pick in picks) else torch.zeros_like(u)
-        for j, rows, out in others:
-            if rows is None:
-                v = v + w[..., j, None] * (out - z)
-            else:
-                v = v.index_add(0, rows, w[rows][..., j, None] * (out - z[rows]))
+        v = sum(w[..., j, None] * (others[j] - z if j != t else u) for j in chosen)
         # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
 
@@ -246,21 +243,6 @@ class MoLEx(nn.Module):
             if self.config.top_k == 1:
                 w = w + (kept.exp() - kept.exp().detach())
         return torch.zeros_like(log_a).scatter(-1, index, w)
-
-    def run_others(
-        self, t: int, z: Tensor, ctx: Context, picks: list[list[int]]
-    ) -> list[tuple[int, Tensor | None, Tensor]]:
-        """(j, rows, block_j(z[rows])) for every chosen layer but t itself, which runs anyway.
-        `rows` are the sequences that chose j, None if all did."""
-        out = []
-        for j in sorted({j for pick in picks for j in pick} - {t}):
-            rows = [i for i, pick in enumerate(picks) if j in pick]
-            if len(rows) == len(picks):
-                out.append((j, None, self.blocks[j](z, ctx, slot=t)))
-            else:
-                rows = torch.tensor(rows).to(z.device, non_blocking=True)
-                out.append((j, rows, self.blocks[j](z[rows], ctx.take(rows), slot=t)))
-        return out
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
