@@ -20,7 +20,7 @@ the only new parameters are the gate's and, if learned, alpha.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -30,30 +30,34 @@ from torch import Tensor, nn
 from model import Context, InputError, Transformer
 
 
+def setting(default: object, help: str, *choices: str) -> object:
+    """A field with its help and what it can be: train.py makes a flag of each."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
 @dataclass(frozen=True)
 class MoLExConfig:
     """The gate of Tables 5 and 6. The defaults are the paper's for E2E."""
 
-    gate: str = "linear"  # "linear": W z + b (section 2.2); "cosine": "Cos" in Table 5
-    proj_dim: int = 128  # of the cosine gate
-    activation: str = "softmax"  # scores to affinities; "sigmoid": the suffix "Sig"
-    individual_gates: bool = False  # a gate and an alpha for every layer, or one for all
-    vote: str = "mode"  # "Batch Agg": "mode" or "mean"
-    top_k: int = 1  # K
-    alpha: float = 0.95  # where it starts, if learned
-    learn_alpha: bool = False  # "Mixing Weights"
-    gate_weight: str = "renormalised"  # or "prob": two readings of w_j, see `MoLEx.weights`
-    route: str = "batch"  # who decides: the "batch" or each "sequence"
-    layers: tuple[int, ...] | None = None  # slots that mix (Table 6: 0 to 11); None: all
+    gate: str = setting("linear", '"Cos" in Table 5 is cosine', "linear", "cosine")
+    proj_dim: int = setting(128, "of the cosine gate")
+    activation: str = setting("softmax", '"Sig" in Table 5 is sigmoid', "softmax", "sigmoid")
+    individual_gates: bool = setting(False, "a gate and an alpha for each layer, not one for all")
+    vote: str = setting("mode", 'batch aggregation, Table 5\'s "Batch Agg"', "mode", "mean")
+    top_k: int = setting(1, "layers chosen for each slot (K)")
+    alpha: float = setting(0.95, "share of the slot's own layer; where it starts if learned")
+    learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
+    gate_weight: str = setting("renormalised", "two readings of w_j, see MoLEx.weights",
+                               "renormalised", "prob")  # fmt: skip
+    route: str = setting("batch", "who decides on the layers", "batch", "sequence")
+    layers: tuple[int, ...] | None = setting(None, "slots that mix, first-last; E2E: the first 12")
 
     def check(self, T: int) -> None:
         """Raise InputError unless this fits a model of T layers."""
-        choices = dict(gate=("linear", "cosine"), activation=("softmax", "sigmoid"),
-                       vote=("mode", "mean"), gate_weight=("renormalised", "prob"),
-                       route=("batch", "sequence"))  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["choices"]
+            if allowed and value not in allowed:
+                raise InputError(f"{f.name} is {value!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
         if any(t not in range(T) for t in self.layers or ()):
@@ -146,8 +150,8 @@ class MoLEx(nn.Module):
 
         On CUDA the slot's own layer runs on the current stream while the gate and the layers it
         chooses run on a second one. Their names have to reach the CPU, which starts them, but that
-        waits for the second stream alone. On the CPU one runs after the other. With route="sequence"
-        a layer that any sequence chose runs for all, with weight zero where it was not chosen.
+        waits for the second stream alone. On the CPU one runs after the other. If each sequence
+        chooses, a layer that any of them chose runs for all, with weight zero for the others.
         """
         if z.is_cuda:
             main = torch.cuda.current_stream(z.device)

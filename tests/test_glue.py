@@ -258,7 +258,7 @@ def test_the_column_goes_by_the_models_shape_whatever_its_folder_is_called(hub):
         ("distilroberta-base", "--task rte", "Table 5, for RoBERTa-base"),
         ("nano/gpt2", "--task rte", "Table 5, for RoBERTa-base"),
         ("my/copy", "--task rte", None),
-        ("nano/roberta", "--task rte", None),
+        ("nano/roberta", "--task mrpc", None),
         ("nano/gpt2", "--task e2e", None),
     ],
 )
@@ -389,7 +389,9 @@ def test_read_what_cannot_be_read(tmp_path, task, split, content, message):
 
 
 def test_read_what_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"MNLI/dev_matched.tsv is missing; --data DIR must hold"):
+    with pytest.raises(
+        InputError, match=r"MNLI/dev_matched.tsv is missing; .* has no task of GLUE; --data"
+    ):
         read_glue(tmp_path, "mnli", "dev_matched")
 
 
@@ -636,8 +638,8 @@ def test_scores_are_those_of_the_best_epoch(mnli, glue, molex):
         [str(i), LABELS["mnli"][y]] for rows in dev for i, (_, y) in enumerate(rows)
     ]
     samples = (folder / "samples.txt").read_text()
-    assert samples.count("prediction:") == samples.count("label:") == 10
-    assert dev[1][0][0][0] in samples
+    assert samples.count("output:") == samples.count("reference:") == 5
+    assert dev[0][0][0][0] in samples
 
 
 def test_evaluating_again_gives_the_same(mnli, tmp_path, monkeypatch, capsys):
@@ -831,7 +833,7 @@ def test_the_table_shows_what_the_paper_has(
     if which == "from MNLI":
         rows |= {name: pair.split() for name, pair in FROM_MNLI.items()}
         flags = f"--model {roberta} --init-from {mnli[False]} {mnli[True]}"
-        monkeypatch.setitem(train.MODELS, "roberta-base", ["roberta", 3, 32])
+        monkeypatch.setitem(train.PAPER["models"], "roberta-base", ["roberta", 3, 32])
     runs = parse(f"--task glue --compare {flags}".split())[1]
     for s in runs:
         (tmp_path / s.name).mkdir()
@@ -1021,7 +1023,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--max-length 5", "2 texts do not fit into 5 tokens; raise --max-length"),
         ("--tune all", "--tune"),
         ("--task e2e", "is an encoder, which cannot write text"),
-        ("--data {tmp}", "RTE/train.tsv is missing; --data DIR must hold GLUE's own folders"),
+        ("--data {tmp}", "has no task of GLUE; --data DIR must hold GLUE's own folders"),
         ("--data {part} --task glue", "STS-B/dev.tsv is missing"),
         ("--data {broken}", "RTE/dev.tsv, line 2: label 'perhaps' is not one of"),
     ],
