@@ -709,7 +709,11 @@ def read_log(folder: Path, task: str) -> list[dict]:
     """The entries of metrics.jsonl. Raises InputError."""
     path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
     entries = parse_json(read_text(path), path, lines=True)
-    return [check(entry, {key: NUMBER, "step": COUNT}, path) for entry in entries]
+    log = [check(entry, {key: NUMBER, "step": COUNT, "curve": (list,)}, path) for entry in entries]
+    gate = dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
+    for point in (point for entry in log for point in entry["curve"]):
+        check(point, {"step": COUNT, "loss_sum": NUMBER} | (gate if "alpha" in point else {}), path)
+    return log
 
 
 def read_scores(folder: Path, task: str) -> dict[str, float]:
@@ -743,6 +747,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
         out = folder / "unfinished"
         print(f"{folder} is unfinished, {log[-1]['step']} of {steps} steps; see {out}")
     scores = best_epoch(log, config["task"]) | dict(trainable=trainable)
+    del scores["curve"]
     if config["task"] == "e2e":  # elsewhere, to the last bit what was measured in training
         merge(model)
     cast_frozen(model)
@@ -755,6 +760,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
             shares = model.layers.shares()
             write_text(out / "routes.json", json.dumps(shares.tolist()) + "\n")
             plot_routes({folder.name: shares}, out / "routes.png")
+        plot_curves([(folder.name, log)], config["task"], out / "loss.png")
         write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
@@ -865,6 +871,56 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
         panel.set_title(name.replace("/", "\n"), fontsize=8)
     figure.colorbar(image, ax=axes, label="% of sequences")
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
+
+
+def plot_curves(runs: list[tuple[str, list[dict]]], task: str, path: Path) -> None:
+    """Training loss and dev metric of runs over their steps and, with MoLEx, what the gate did
+    (`MoLEx.summary`). Each has a label, which gives its colour, and the entries of metrics.jsonl;
+    a point stands for 25 steps, or for what is left of an epoch."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric = GLUE[task].metric if task in GLUE else "dev_loss"
+    gated = any("alpha" in point for _, log in runs for point in log[0]["curve"])
+    figure, axes = pyplot.subplots(1, 2 + 2 * gated, figsize=(8 + 8 * gated, 3.2),
+                                   layout="constrained")  # fmt: skip
+    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
+    for label, log in runs:
+        how = dict(color=colours[label], linewidth=1, alpha=0.8)
+        steps, losses, begun = [], [], 0
+        for entry in log:
+            before = dict(step=begun, loss_sum=0.0)
+            for p in entry["curve"]:
+                steps.append(p["step"])
+                gain = p["loss_sum"] - before["loss_sum"]
+                losses.append(gain / max(1, p["step"] - before["step"]))
+                before = p
+            begun = entry["step"]
+        axes[0].plot(steps, losses, **how)
+        axes[1].plot([e["step"] for e in log], [e[metric] for e in log], "o-", **how)
+        points = [p for entry in log for p in entry["curve"] if "alpha" in p]
+        styles = {"changed": "-", "own": "--", "affinity": ":", "alpha": "-."} if points else {}
+        for name, style in styles.items():
+            axes[2].plot([p["step"] for p in points], [p[name] for p in points], style, **how)
+        if points:
+            axes[3].plot([p["step"] for p in points], [p["balance"] for p in points], **how)
+    for panel, title in zip(axes, ("training loss", f"dev {metric}".replace("dev dev_", "dev "),
+                                   "the gate", "load-balance loss"), strict=False):  # fmt: skip
+        panel.set(xlabel="step", title=title)
+    for label, colour in colours.items():
+        axes[0].plot([], [], color=colour, label=label)
+    axes[0].legend(fontsize=8)
+    if gated:
+        words = dict(changed="slots that changed their layer", own="slots that took their own",
+                     affinity="affinity of the chosen layer", alpha="alpha")  # fmt: skip
+        for name, style in dict(changed="-", own="--", affinity=":", alpha="-.").items():
+            axes[2].plot([], [], style, color="black", label=words[name])
+        axes[2].legend(fontsize=7)
+        axes[2].set_ylim(-0.02, 1.02)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     pyplot.close(figure)
 
 

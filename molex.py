@@ -117,6 +117,8 @@ class MoLEx(nn.Module):
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
         self.load_balance: Tensor | None = None
         self.counts = torch.zeros(T, T, dtype=torch.long)
+        self.history: dict = {}  # of training, see `summary`
+        self.summary()
         self.side: torch.cuda.Stream | None = None
 
     def alpha(self, t: int) -> Tensor | float:
@@ -134,6 +136,20 @@ class MoLEx(nn.Module):
         adds up to 200; a slot that does not mix chooses none."""
         return 100 * self.config.top_k * self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
 
+    @torch.no_grad()
+    def summary(self) -> dict[str, float]:
+        """Of training since the last call, with route="batch": the shares of votes that changed a
+        slot's layers and that took its own one, the mean affinity of the chosen layers and the
+        load-balance loss; and alpha now, a mean over the slots."""
+        h, n = self.history, max(1, self.history.get("votes", 0))
+        found = {name: h.get(name, 0.0) / n for name in ("changed", "own", "affinity")}
+        self.history = dict(votes=0, changed=0, own=0, affinity=0.0, passes=0, balance=0.0,
+                            last=h.get("last", {}))  # fmt: skip
+        alpha = sum(float(self.alpha(t)) for t in self.slots) / len(self.slots)
+        return found | dict(
+            balance=float(h.get("balance", 0.0)) / max(1, h.get("passes", 0)), alpha=alpha
+        )
+
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
         if z.is_cuda:
@@ -143,6 +159,9 @@ class MoLEx(nn.Module):
                     x.record_stream(self.side)
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
+        if self.training:
+            self.history["passes"] += 1
+            self.history["balance"] += self.load_balance.detach()
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -221,6 +240,13 @@ class MoLEx(nn.Module):
             score = mean if self.config.vote == "mean" else list(zip(vote, mean, strict=True))
             order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
+        if self.training and self.config.route == "batch":
+            h, pick = self.history, picks[0]
+            h["votes"] += 1
+            h["changed"] += pick != h["last"].get(t, pick)
+            h["own"] += t in pick
+            h["affinity"] += sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
+            h["last"][t] = pick
         chosen = torch.tensor(picks).flatten().bincount(minlength=T)
         self.counts[t] += chosen * (len(log_a) // len(tally))
         if ctx.cache is not None:

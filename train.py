@@ -68,6 +68,8 @@ from eval import (
     locked,
     paired_bootstrap,
     pick_device,
+    plot_curves,
+    read_log,
     read_predictions,
     read_run,
     read_scores,
@@ -484,6 +486,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
     tensors, made = trained_tensors(model), origin(s)
 
     step, seconds, log, loss_sum = 0, 0.0, [], 0.0
+    curve: list[dict] = []  # of the epoch: a point every 25 steps
     losses: list[Tensor] = []  # of the steps since `settle`
     last, config = folder / "last.pt", folder / "config.json"
     if last.exists():
@@ -498,7 +501,9 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
-        loss_sum = state["loss_sum"]
+        loss_sum, curve = state["loss_sum"], state["curve"]
+        if s.molex:
+            model.layers.history = state["history"]
         if rank == 0:  # the other processes go on with dropout of their own
             for n in differences(then["versions"], made["versions"]):
                 print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
@@ -528,7 +533,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         state = dict(
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
             schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
-            rng=torch.get_rng_state(), origin=made,
+            rng=torch.get_rng_state(), origin=made, curve=curve,
+            history=model.layers.history if s.molex else None,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
         write_atomic(last, lambda path: torch.save(state, path))
@@ -539,7 +545,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         for epoch in range(len(log), -(-steps // per_epoch)):
             batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
             place = step - epoch * per_epoch
-            loss_sum *= place > 0
+            if not place:
+                loss_sum, curve = 0.0, []
             for batch in batches[place : place + steps - step]:
                 with uninterrupted():
                     losses.append(train_step(model, optimizer, [examples[i] for i in batch], s))
@@ -549,6 +556,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                     if step % 25 == 0 or place == per_epoch or step == steps:
                         settle()
                         bar.set_postfix(loss=f"{loss_sum / place:.3f}")
+                        gate = model.layers.summary() if s.molex else {}
+                        curve.append(dict(step=step, loss_sum=loss_sum, **gate))
                     now = time.perf_counter()
                     seconds, started = seconds + now - started, now
                 if rank == 0 and now - saved > SAVE_SECONDS:
@@ -558,6 +567,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                 found = dev_scores(model, dev, s)
                 entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
                              seconds_per_step=seconds / step, examples=counts)  # fmt: skip
+                entry["curve"] = curve
                 entries = [*log, entry]
                 if entry is best_epoch(entries, s.task):
                     best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
@@ -733,6 +743,11 @@ def main() -> None:
     if world()[0] == 0:
         print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
         report(runs, args.out)
+        for task in dict.fromkeys(s.task for s in runs) if len(runs) > 1 else ():
+            logs = [(s.method, read_log(args.out / s.name, task)) for s in runs if s.task == task]
+            picture = args.out / f"{runs[0].name.partition(f'-{runs[0].task}-')[0]}-{task}-loss.png"
+            plot_curves(logs, task, picture)
+            print(f"\nloss over steps, all runs: {picture}")
         print("\nruns:", *(str(args.out / s.name) for s in runs))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -593,6 +593,26 @@ def test_options_that_do_not_fit_are_named(options, message):
         upcycle(lora_model("gpt2"), MoLExConfig(**options))
 
 
+def test_the_summary_tells_what_the_gate_did_in_training():
+    model = molex_model("gpt2", individual_gates=True).train()
+    first = [[9.0, 8, 7, 6], [9, 7, 8, 6], [6, 7, 8, 9], [8, 6, 7, 9]]  # layers 0, 0, 3, 3
+    second = [*first[:2], [9.0, 7, 8, 6], first[3]]  # slot 2 takes 0 for 3
+    balances = []
+    for biases in (first, second):
+        gate_to(model, biases)
+        balances.append(run(model, SEQUENCES)[1].item())
+    best = torch.tensor(first + second).softmax(-1).amax(-1)
+    found = model.layers.summary()
+    assert found["changed"] == 1 / 8 and found["own"] == 4 / 8 and found["alpha"] == 0.95
+    assert found["affinity"] == pytest.approx(best.mean().item())
+    assert found["balance"] == pytest.approx(sum(balances) / 2)
+    run(model.eval(), SEQUENCES)
+    assert model.layers.summary() == dict(changed=0, own=0, affinity=0, balance=0, alpha=0.95)
+    gate_to(model.train(), first)
+    run(model, SEQUENCES)
+    assert model.layers.summary()["changed"] == 1 / 4  # the last batch is remembered
+
+
 # ----------------------------------------------------------------------------------------- numerics
 
 

@@ -286,11 +286,18 @@ def compared(tmp_path_factory):
 
 def test_a_run_leaves_its_files(compared):
     out, stdout = compared
-    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "origin.json",
-              "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
+    common = ["adapter.safetensors", "config.json", "last.pt", "loss.png", "metrics.jsonl",
+              "origin.json", "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
     lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
     assert sorted(f.name for f in lora.iterdir()) == common
     assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.json", "routes.png"])
+    assert (out / "runs/nano-gpt2-e2e-loss.png").stat().st_size > 10_000  # of the two
+    for folder in (lora, molex):
+        (entry,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        (point,) = entry["curve"]
+        assert point["step"] == entry["step"] == 8
+        assert point["loss_sum"] / 8 == pytest.approx(entry["train_loss"])
+        assert ("affinity" in point) == (folder == molex)
     assert (molex / "samples.txt").read_text().count("reference:") == 5
     assert len((lora / "predictions.tsv").read_text().splitlines()) == 13
     extra = (
@@ -566,8 +573,8 @@ class Killed(BaseException):
 @pytest.fixture
 def short(monkeypatch):
     """Two steps an epoch, and no METEOR."""
-    for module in (train, evaluation):
-        monkeypatch.setattr(module, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    for module in ("data", "train", "eval"):
+        monkeypatch.setattr(f"{module}.read_e2e", lambda data, split: read_e2e(data, split)[:16])
     names = ("bleu", "nist", "meteor", "rouge_l", "cider")
     monkeypatch.setattr(evaluation, "e2e_scores", lambda *_: dict.fromkeys(names, 0.5))
 
@@ -606,7 +613,7 @@ def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
     evaluation.main()
     said = capsys.readouterr().out
-    assert "unfinished, 2 of 6 steps" in said and "BLEU" in said
+    assert "unfinished, 2 of 6 steps" in said and "bleu" in said
     assert sorted(folder.iterdir()) == sorted([*before, folder / "unfinished"])
     run_main(monkeypatch, command(tmp_path))
     assert "resumed" in capsys.readouterr().out
