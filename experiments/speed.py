@@ -56,6 +56,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,7 @@ NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob",
 
 
 class Ours:
-    """This project's model with the LoRA in peft's folder; the first `slots` mix, None: no MoLEx."""
+    """This project's model with the LoRA in peft's files; `slots` mix, None: without MoLEx."""
 
     def __init__(self, folder: Path, lora: Path, slots: int | None, device: torch.device,
                  precision: str | None) -> None:  # fmt: skip
@@ -172,7 +173,8 @@ class Theirs:
         if head_of(folder) == LABELS:
             kind = hf.AutoModelForSequenceClassification
         base = kind.from_pretrained(folder, config=config, dtype=dtype)
-        self.model = peft.PeftModel.from_pretrained(base, lora, is_trainable=True)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between these two
+            self.model = peft.PeftModel.from_pretrained(base, lora, is_trainable=True)
         if head_of(folder) == LABELS:  # as `add_lora` does
             base.classifier.float().requires_grad_(True)
         self.model.to(device).eval()
@@ -356,9 +358,10 @@ def peak_memory(job: Callable[[], object], device: torch.device) -> int:
 class Operations(TorchDispatchMode):
     """Counts what would be launches and waits if the tensors were on a GPU."""
 
-    READ = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
-            torch.ops.aten.masked_select, torch.ops.aten.equal}  # fmt: skip
-    INDEX = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
+    aten = torch.ops.aten
+    READ = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal}
+    INDEX = {aten.index, aten.index_put, aten.index_put_}
+    FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +372,7 @@ class Operations(TorchDispatchMode):
             i is not None and i.dtype is torch.bool for i in args[1]
         )
         self.waits += masked or func.overloadpacket in self.READ
-        self.launches += not func.is_view and func.overloadpacket not in self.READ
+        self.launches += not func.is_view and func.overloadpacket not in self.READ | self.FREE
         return func(*args, **(kwargs or {}))
 
 
@@ -552,8 +555,8 @@ def report(name: str, device: str, rows: dict[str, dict]) -> None:
 def main() -> None:
     parser = Parser(description="Speed and memory beside transformers + peft")
     parser.add_argument("--models", nargs="+", metavar="MODEL",
-                        help="a folder, a hub name, or one of"
-                        f" random:{', random:'.join(SHAPES)} (nano/gpt2; CUDA: these, too)")  # fmt: skip
+                        help="folders, hub names, or of random:"
+                        f"{', random:'.join(SHAPES)} (nano/gpt2; on CUDA these, too)")  # fmt: skip
     parser.add_argument("--data", default="nano/e2e", help="folder of E2E's files (%(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="timed, of each contender")
     parser.add_argument("--batch", type=at_least(1), default=8, help="sequences of a step")
@@ -598,7 +601,7 @@ def main() -> None:
             else:
                 batches, prompts = texts(folder, ours, args.data, *size)
         print(f"\n{name} on {device.type}, {machine}, {precision}: batches of {args.batch},"
-              f" {args.prompts} prompts, {args.rounds} rounds, median (lowest-highest)")  # fmt: skip
+              f" {args.prompts} prompts, {args.rounds} rounds, median (least-most)")  # fmt: skip
         rows = measure(models, batches, prompts, args.new_tokens, device)
         report(name, device.type, rows)
         made["models"][name] = dict(rows=rows, ratios=ratios(rows))
