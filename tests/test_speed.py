@@ -26,7 +26,7 @@ SMALL = {  # SHAPES, smaller
     | dict(vocab_size=97, hidden_size=32, num_hidden_layers=14, num_attention_heads=4,
            num_key_value_heads=2, head_dim=8, intermediate_size=48),
 }  # fmt: skip
-TINY = ["--rounds", "2", "--batch", "2", "--prompts", "2", "--new-tokens", "3"]
+TINY = ["--rounds", "2", "--batch", "2", "--prompts", "2", "--new-tokens", "3", "--fit", "1"]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_all_start_from_the_same_weights(tmp_path, family, precision, tolerance)
     models = speed.contenders(folder, CPU, precision)
     slots = ["all 3"] if family == "gpt2" else ["12", "all 14"]
     assert [*models] == [THEIRS, LORA, *(f"LoRA + MoLEx, {n} slots" for n in slots)]
-    batches, _ = speed.random_texts(models[LORA].model, 1, 3, 1)
+    batches, _ = speed.random_texts(models[LORA].model.config, 1, 3, 1)
     with torch.no_grad():
         losses = {name: one.loss(batches[0]) for name, one in models.items()}
         assert losses[THEIRS].item() == pytest.approx(losses[LORA].item(), rel=tolerance)
@@ -68,7 +68,7 @@ def test_all_start_from_the_same_weights(tmp_path, family, precision, tolerance)
 @pytest.mark.parametrize("family", SMALL)
 def test_steps_train_the_lora_and_leave_the_weights(tmp_path, family):
     models = speed.contenders(speed.random_checkpoint(SMALL[family], tmp_path), CPU, "float32")
-    batches, _ = speed.random_texts(models[LORA].model, 1, 3, 1)
+    batches, _ = speed.random_texts(models[LORA].model.config, 1, 3, 1)
     for name, one in models.items():
         optimizer = one.optimizer()
         trained = [p for p in one.model.parameters() if p.requires_grad]
@@ -159,7 +159,7 @@ def test_launches_and_waits_are_counted():
 
 def test_molex_counts_almost_twice_the_flop(tmp_path):
     models = speed.contenders(speed.random_checkpoint(SMALL["llama"], tmp_path), CPU, "float32")
-    batches, _ = speed.random_texts(models[LORA].model, 1, 2, 1)
+    batches, _ = speed.random_texts(models[LORA].model.config, 1, 2, 1)
     theirs, lora, some, all_ = (speed.flop(one, batches[0]) for one in models.values())
     assert lora < theirs < 1.2 * lora  # they compute the logits of prompts and padding
     assert 1.7 < some / lora < all_ / lora < 2.2
