@@ -36,7 +36,7 @@ What is measured:
 - launches and waits of a training step. On CUDA they are the profiler's kernel launches and
   synchronisations of host and device. The CPU has neither: there it counts, without the
   optimizer, the operations that compute something, each about a launch on a GPU, and those that
-  read a value, for which the CPU would wait.
+  read a value, for which the CPU would wait (and a few, such as one_hot's check, that a GPU omits).
 - FLOP of a training step's matrix products, counted on the real step with plain attention.
 
 So that FLOP do not depend on chance, the gate is made to pick one layer in every slot, the middle
