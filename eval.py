@@ -463,8 +463,9 @@ def beam_search(
     the `beams` and is dead, so fewer go on; banned tokens leave the softmax, so that the others
     share their probability; and it ends when no beam is left (or with the longest answer).
 
-    The prompts go through the model once, padded on the left; then their keys and values are
-    repeated for every beam (prefill, then replicate). Prompts that are done leave the batch.
+    The prompts go through the model once, padded on the left. The beams of a prompt are then tokens
+    side by side after it, and each sees those it has come from: a beam that spreads or is dropped
+    changes this mask and moves no keys and values. Prompts that are done leave the batch.
     """
     if beam_rule not in ("transformers", "lora"):
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
@@ -473,8 +474,9 @@ def beam_search(
     real = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts])
     cache, P = Cache(), len(prompts)
     h = model.hidden(ids, real.to(device), cache=cache)[:, -1]
-    cache.select(torch.arange(P, device=device).repeat_interleave(beams))
     h = h.repeat_interleave(beams, dim=0)
+    sees = real.to(device)[:, None].expand(-1, beams, -1)  # (P, beams, S)
+    itself = torch.eye(beams, dtype=torch.bool, device=device)
 
     open_ids = ids.new_zeros(P, beams, 0)
     open_score = torch.full((P, beams), -math.inf, device=device)
@@ -525,8 +527,11 @@ def beam_search(
         rows = torch.tensor([row for row, goes in enumerate(going) if goes], device=device)
         open_ids, open_score, beam = open_ids[rows], open_score[rows], beam[rows]
         done_ids, done_score, done_length = done_ids[rows], done_score[rows], done_length[rows]
-        cache.select((rows[:, None] * beams + beam).flatten())
-        h = model.hidden(open_ids[..., -1].reshape(-1, 1), cache=cache)[:, -1]
+        if len(rows) < len(going):
+            cache.select(rows)
+        sees = sees[rows].gather(1, beam[..., None].expand(-1, -1, sees.shape[-1]))
+        sees = torch.cat([sees, itself.expand(len(rows), -1, -1)], dim=-1)
+        h = model.hidden(open_ids[..., -1], cache=cache, sees=sees).flatten(0, 1)
     return answers
 
 

@@ -237,13 +237,18 @@ class Cache:
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.route: dict[int, list[list[int]]] = {}
         self.real: Tensor | None = None
+        self.length = 0  # of the longest sequence
 
     def append(self, key: tuple[int, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
-        if key in self.kv:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kv[key], (k, v), strict=True))
-        self.kv[key] = k, v
-        return k, v
+        S = self.real.shape[1]
+        kept = self.kv.get(key, (k[:, :, :0], v[:, :, :0]))
+        if kept[0].shape[2] < S:  # with room for the next tokens
+            kept = tuple(F.pad(x, (0, 0, 0, S + 64 - x.shape[2])) for x in kept)
+        for x, new in zip(kept, (k, v), strict=True):
+            x[:, :, S - new.shape[2] : S] = new
+        self.kv[key] = kept
+        return kept[0][:, :, :S], kept[1][:, :, :S]
 
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row index[i] was: repeats, reorders or drops sequences."""
@@ -328,13 +333,15 @@ class Attention(nn.Module):
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache.append(key, k, v)
+        # Grouped-query attention: neighbouring heads share a key and a value. CUDA's fast kernels
+        # do not know it together with a mask.
         groups = self.config.n_head // self.config.n_kv_head
-        if groups > 1:  # grouped-query attention: neighbouring heads share a key and a value
+        if groups > 1 and x.is_cuda:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None,
-                dropout_p=self.config.dropout if self.training else 0.0,
+                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=not x.is_cuda,
             )  # fmt: skip
         return self.o(y.transpose(1, 2).reshape(B, N, -1))
 
@@ -460,12 +467,15 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         prompt: Tensor | None = None,
         cache: Cache | None = None,
+        sees: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, N) -> final hidden states (B, N, D).
 
         mask: (B, N) bool, False for padding, on either side; None: no padding.
         prompt: (B, N) bool, the tokens that are given rather than generated; None: all real ones.
         cache: keys and values of the tokens before these; filled as a side effect.
+        sees: (B, N, S) bool, which of the cached tokens and of these each one sees, where they are
+        not one text but beams side by side, each a token longer than before.
         Raises InputError if the sequence is longer than the model has positions.
         """
         c, (B, N) = self.config, ids.shape
@@ -475,19 +485,22 @@ class Transformer(nn.Module):
             if cache.real is not None:
                 past, seen = cache.real.shape[1], torch.cat([cache.real, real], dim=1)
             padded, cache.real = True, seen
-        if past + N > c.max_positions:
+            cache.length += N if sees is None else 1
+        length = N if cache is None else cache.length
+        if length > c.max_positions:
             raise InputError(
-                f"{past + N} tokens are more than the {c.max_positions} positions of the model"
+                f"{length} tokens are more than the {c.max_positions} positions of the model"
             )
-        attention = None
-        if padded and (N > 1 or past):
+        attention = None if sees is None else sees[:, None]
+        if padded and (N > 1 or past) and sees is None:
             attention = seen[:, None, None, :].expand(B, 1, N, past + N)
             if c.family != "roberta":
                 attention = attention & torch.ones_like(attention).tril(past)
             # A padding token sees itself, so that no row of the softmax is empty (NaN).
             itself = torch.eye(N, past + N, dtype=torch.bool, device=ids.device)
             attention = attention | itself.roll(past, dims=1)
-        position = (seen.cumsum(1)[:, past:] - 1).clamp(min=0)  # (B, N), padding does not count
+        position = seen.cumsum(1)[:, past:] if sees is None else sees.sum(-1)
+        position = (position - 1).clamp(min=0)  # (B, N), padding does not count
         rope = rope_angles(c, position) if c.family == "llama" else None
         prompt = real if prompt is None else prompt.bool() & real
         causal = c.family != "roberta" and N > 1
