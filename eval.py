@@ -777,9 +777,7 @@ def write_samples(folder: Path, items: list[tuple[str, str, str]]) -> None:
     write_text(folder / "samples.txt", "\n".join(texts))
 
 
-def evaluate_glue(
-    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
-) -> dict[str, float]:
+def evaluate_glue(model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path) -> dict:
     """Classify the dev splits; predictions.tsv has split, index, label, prediction."""
     task, limit = config["task"], min(config["max_length"], model.config.max_positions)
     rows = {split: read_glue(config["data"], task, split) for split in GLUE[task].dev}
@@ -796,9 +794,7 @@ def evaluate_glue(
     return glue_scores(task, found, dev)
 
 
-def evaluate_e2e(
-    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
-) -> dict[str, float]:
+def evaluate_e2e(model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path) -> dict:
     """Decode the test set; predictions.tsv has MR, output."""
     mrs, references = read_test(config)
     prompts = [e2e_prompt(mr) for mr in mrs]
@@ -810,9 +806,7 @@ def evaluate_e2e(
     return e2e_scores(outputs, references)
 
 
-def evaluate_alpaca(
-    model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path
-) -> dict[str, float]:
+def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path) -> dict:
     """The dev set's loss; and answers to five prompts, to look at."""
     longest = model.config.max_positions
     limit = min(config["max_length"], longest)

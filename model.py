@@ -299,11 +299,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ modules
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
 def norm(config: Config) -> nn.Module:
@@ -524,15 +520,9 @@ class Transformer(nn.Module):
             return self.head(h, self.embed.weight)
         return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        prompt: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels). See `hidden`."""
-        return self.logits(self.hidden(ids, mask, prompt, cache), mask)
+    def forward(self, ids: Tensor, mask: Tensor | None = None, *rest, **more) -> Tensor:
+        """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels); see `hidden`."""
+        return self.logits(self.hidden(ids, mask, *rest, **more), mask)
 
 
 # ---------------------------------------------------------------------------------------- loading

@@ -608,9 +608,6 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
 
 # ------------------------------------------------------------------------------------------ results
 
-TRAINABLE = {"trainable": ("trainable parameters", 1, 0)}  # key -> (name, factor, decimals)
-SECONDS = {"seconds_per_step": ("seconds per step", 1, 3)}
-
 
 def paper(s: Settings) -> dict[tuple[str, str], str]:
     """What the paper reports for runs like this, by task and metric."""
@@ -702,7 +699,8 @@ def report(runs: list[Settings], out: Path) -> None:
         parts = [key for key in scores[0][0] if key.startswith(metric + "_")]  # MNLI's two dev sets
         rows = rows | {key: (key.replace(metric + "_", "  "), 100, 2) for key in parts}
         if len(tasks) == 1:
-            rows = TRAINABLE | rows | SECONDS
+            rows = {"trainable": ("trainable parameters", 1, 0)} | rows
+            rows["seconds_per_step"] = ("seconds per step", 1, 3)
         for key, how in rows.items():
             text = line((task, key), [[run[key] for run in group] for group in scores], *how)
             if both and key == "bleu":
