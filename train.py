@@ -702,7 +702,9 @@ def report(runs: list[Settings], out: Path) -> None:
             rows = {"trainable": ("trainable parameters", 1, 0)} | rows
             rows["seconds_per_step"] = ("seconds per step", 1, 3)
         for key, how in rows.items():
-            text = line((task, key), [[run[key] for run in group] for group in scores], *how)
+            cells = [[run[key] for run in group] for group in scores]
+            cells = [group[:1] for group in cells] if key == "trainable" else cells
+            text = line((task, key), cells, *how)
             if both and key == "bleu":
                 ps = []
                 for baseline, system in zip(*folders, strict=True):
