@@ -39,17 +39,16 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import sqrt
+from math import log10, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data import GLUE, Tokenizer, clean, e2e_prompt
+from data import GLUE, Example, Tokenizer, clean, e2e_prompt
 from eval import (
     Parser,
     bleu,
@@ -116,13 +115,15 @@ ARMS = {
     "learned": Arm("--learn-alpha"),
     "lora-long": Arm(molex=False, times=2),
 }
-SMALL = ["--max-steps", "40", "--test-limit", "20", "--beams", "4"]
+SMALL = ["--max-steps", "25", "--test-limit", "20", "--beams", "4"]
 METRICS = {"bleu": ("BLEU", 100, 2), "dev_loss": ("dev loss", 1, 4)} | {
     task.metric: (task.metric, 100, 2) for task in GLUE.values()
 }  # name, factor, decimals
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+
+Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> what `run` has found
 
 
 def interval(differences: list[float]) -> float:
@@ -131,43 +132,23 @@ def interval(differences: list[float]) -> float:
     return T95[min(n - 1, len(T95)) - 1] * stdev(differences) / sqrt(n)
 
 
-def give(model: Transformer, arm: Arm, s: train.Settings) -> None:
+def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
     """Put the arm's pick, if it has one, in the gate's place: every token is all for that layer."""
-    if not arm.pick:
-        return
-    pick = arm.pick(model.config.n_layer, s.seed)
+    if arm.pick:
+        pick = arm.pick(model.config.n_layer, seed)
 
-    def log_affinity(t: int, z: Tensor) -> Tensor:
-        log_a = z.new_full((*z.shape[:2], len(model.layers.blocks)), -100.0, dtype=torch.float32)
-        log_a[..., pick(t)] = 0.0
-        return log_a
+        def log_affinity(t: int, z: Tensor) -> Tensor:
+            log_a = torch.full((*z.shape[:2], model.config.n_layer), -100.0, device=z.device)
+            log_a[..., pick(t)] = 0.0
+            return log_a
 
-    model.layers.log_affinity = log_affinity
-
-
-Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> what `score` returns
-
-
-def settings(name: str, flags: list[str]) -> dict[int, train.Settings]:
-    """Those of the arm's run of each seed."""
-    arm = ARMS[name]
-    args, runs = train.parse([*flags, *arm.flags.split(), "--compare"])
-    if args.fresh or len({s.task for s in runs}) > 1:
-        raise InputError("give one task, and no --fresh: remove the runs that are to go")
-    runs = [s for s in runs if bool(s.molex) == arm.molex]
-    longer = [(arm.times * s.epochs, s.max_steps and arm.times * s.max_steps) for s in runs]
-    return {
-        s.seed: replace(s, epochs=epochs, max_steps=steps)
-        for s, (epochs, steps) in zip(runs, longer, strict=True)
-    }
+        model.layers.log_affinity = log_affinity
+    return model
 
 
 def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
-    """Train and evaluate one run, or what is left of it."""
+    """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
     arm, folder = ARMS[name], out / name / f"s{s.seed}"
-    for source in arm.of:
-        if not (out / source / folder.name / "controls.json").exists():
-            raise InputError(f"{name} needs the run of {source}; name it under --arms too")
     if (folder / "config.json").exists():
         now = json.loads(json.dumps(asdict(s)))
         if other := train.differences(read_json(folder / "config.json"), now):
@@ -175,29 +156,31 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
                              " --out, or remove it")  # fmt: skip
     if (folder / "controls.json").exists():
         return
-    print(f"{folder}", flush=True)
+    print(folder, flush=True)
     model, tokenizer = train.prepare(s, device)
     examples, dev = train.read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
     with locked(folder):
-        if not arm.of:
-            give(model, arm, s)
-            train.fit(s, folder, model, examples, dev)
-        source, *others = [out / n / folder.name for n in arm.of or [name]]
-        model, _, _ = load_run(source, device)
+        if arm.of:
+            write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")
+        else:
+            train.fit(s, folder, give(model, arm, s.seed), examples, dev)
+        first, *others = [out / source / folder.name for source in arm.of or [name]]
+        model = load_run(first, device)[0]
         for other in others:
-            tensors = read_run(other)[1]
-            ours = {n: p for n, p in trained_tensors(model).items() if n in tensors}
-            fill(ours, tensors, f"{other} does not fit: it")
-        give(model, arm, s)
-        found = score(model, tokenizer, dev, s)
+            theirs = read_run(other)[1]
+            ours = {n: p for n, p in trained_tensors(model).items() if n in theirs}
+            fill(ours, theirs, f"{other} does not fit {first}: it")
+        found = score(give(model, arm, s.seed), tokenizer, dev, s)
         if not arm.of:
             last = read_log(folder, s.task)[-1]
             found["seconds"] = last["step"] * last["seconds_per_step"]
         write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
 
 
-def score(model: Transformer, tokenizer: Tokenizer, dev: dict, s: train.Settings) -> dict:
-    """The metrics; alpha; how often, in %, the dev set's slots were given their own layer."""
+def score(
+    model: Transformer, tokenizer: Tokenizer, dev: dict[str, list[Example]], s: train.Settings
+) -> dict[str, float]:
+    """The metrics; alpha; how often, in %, a slot was given its own layer on the dev set."""
     found, layers = train.dev_scores(model, dev, s), model.layers
     if isinstance(layers, MoLEx):
         found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
@@ -211,94 +194,99 @@ def score(model: Transformer, tokenizer: Tokenizer, dev: dict, s: train.Settings
     return found
 
 
-def report(found: Scores) -> None:
-    """The table. Differences are to LoRA's run of the same seed."""
-    base = found["lora"]
-    metrics = [m for m in METRICS if m in next(iter(base.values()))]
-    head = "".join(f"{METRICS[m][0]:>18}{'less LoRA, 95%':>18}" for m in metrics)
-    print(f"\n{'':16}{'seeds':>5}{head}{'time':>7}{'own %':>7}{'alpha':>7}")
+def column(found: Scores, name: str, metric: str) -> tuple[list[float], list[float]]:
+    """An arm's values, and their differences to LoRA's of the same seed."""
+    runs, base, factor = found[name], found["lora"], METRICS[metric][1]
+    gains = [factor * (runs[seed][metric] - base[seed][metric]) for seed in runs if seed in base]
+    return [factor * r[metric] for r in runs.values()], gains
+
+
+def report(found: Scores, metrics: list[str]) -> None:
+    """The table."""
+    heads = "".join(f"{METRICS[m][0]:>18}{'less LoRA, 95%':>18}" for m in metrics)
+    print(f"\n{'':16}{'seeds':>5}{heads}{'time':>7}{'own %':>7}{'alpha':>7}")
     for name, runs in found.items():
         text = f"{name:16}{len(runs):5}"
         for m in metrics:
-            _, factor, decimals = METRICS[m]
-            text += f"{train.spread([r[m] for r in runs.values()], factor, decimals):>18}"
-            gains = [factor * (r[m] - base[seed][m]) for seed, r in runs.items() if seed in base]
+            decimals, (values, gains) = METRICS[m][2], column(found, name, m)
             cell = f"{mean(gains):+.{decimals}f}" if gains and name != "lora" else ""
             if cell and len(gains) > 1:
                 cell += f" ± {interval(gains):.{decimals}f}"
-            text += f"{cell:>18}"
-        ratios = [r["seconds"] / base[seed]["seconds"] for seed, r in runs.items()
-                  if seed in base and "seconds" in r]  # fmt: skip
-        text += f"{mean(ratios):7.2f}" if ratios else f"{'':7}"
-        for key, decimals in (("own", 0), ("alpha", 3)):
-            values = [r[key] for r in runs.values() if key in r]
+            text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
+        base = [found["lora"].get(seed, {}) for seed in runs]
+        times = [r["seconds"] / b["seconds"] for r, b in zip(runs.values(), base, strict=True)
+                 if "seconds" in r and b]  # fmt: skip
+        own, alpha = ([r[key] for r in runs.values() if key in r] for key in ("own", "alpha"))
+        for values, decimals in ((times, 2), (own, 0), (alpha, 3)):
             text += f"{mean(values):7.{decimals}f}" if values else f"{'':7}"
         print(text.rstrip())
 
 
-def plot(found: Scores, path: Path) -> None:
-    """Each metric over alpha: the mean, the seeds as dots, and as a band the 95% interval of the
-    difference to LoRA, which is alpha = 1."""
+def plot(found: Scores, metrics: list[str], path: Path) -> None:
+    """Each metric over alpha: dots for the seeds, a line through their means, and as a band the 95%
+    interval of the difference to LoRA, whose alpha is 1 and whose mean is the dashed line."""
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    base = found["lora"]
-    arms = [n for n in found if n == "molex" or n.startswith("alpha-")]
-    arms.sort(key=lambda n: mean(r["alpha"] for r in found[n].values()))
-    metrics = [m for m in METRICS if m in next(iter(base.values()))]
+    arms = {n: next(iter(runs.values())).get("alpha", 1.0) for n, runs in found.items()
+            if n in ("lora", "molex") or n.startswith("alpha-")}  # fmt: skip
+    arms = dict(sorted(arms.items(), key=lambda item: item[1]))
+    x = [-log10(1.02 - a) for a in arms.values()]  # room between the alphas near 1
     figure, axes = pyplot.subplots(1, len(metrics), squeeze=False, layout="constrained",
-                                   figsize=(4.6 * len(metrics), 3.4))  # fmt: skip
+                                   figsize=(5 * len(metrics), 3.5))  # fmt: skip
     for panel, m in zip(axes.flat, metrics, strict=True):
-        label, factor, _ = METRICS[m]
-        x, y, half = [], [], []
-        for name in [*arms, "lora"]:
-            runs = found[name]
-            values = [factor * r[m] for r in runs.values()]
-            x.append(mean(r.get("alpha", 1.0) for r in runs.values()))
-            y.append(mean(values))
-            gains = [factor * (r[m] - base[seed][m]) for seed, r in runs.items() if seed in base]
-            half.append(interval(gains) if len(gains) > 1 else 0.0)
-            panel.plot([x[-1]] * len(values), values, ".", color="tab:gray", markersize=4)
-        low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
+        columns = [column(found, name, m) for name in arms]
+        y = [mean(values) for values, _ in columns]
+        half = [interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
+        low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
         panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0)
         panel.plot(x, y, "o-", color="tab:blue", markersize=4)
+        for place, (values, _) in zip(x, columns, strict=True):
+            panel.plot([place] * len(values), values, ".", color="tab:gray", markersize=3)
         panel.axhline(y[-1], color="tab:red", linewidth=0.8, linestyle="--")
-        panel.set_xscale("function", functions=(lambda a: -np.log10(1.02 - a),
-                                                lambda v: 1.02 - 10.0**-v))  # fmt: skip
-        panel.set_xticks(x, [f"{a:g}" for a in x[:-1]] + ["LoRA"])
-        panel.set(xlabel="alpha", ylabel=label)
+        panel.set_xticks(x, [f"{a:g}" for a in arms.values()])
+        panel.set(xlabel="alpha (1: LoRA)", ylabel=METRICS[m][0])
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
 
 
 def main() -> None:
-    parser = Parser(description="MoLEx taken apart. All other flags are train.py's",
-                    allow_abbrev=False)  # fmt: skip
+    about = "MoLEx taken apart; all other flags are train.py's"
+    parser = Parser(description=about, allow_abbrev=False)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM",
-                        help=f"lora is always one (all of {', '.join(ARMS)})")  # fmt: skip
+                        help=f"and lora, and what they need ({' '.join(ARMS)})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/controls"), help="where runs go")
     parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
     args, flags = parser.parse_known_args()
     out = args.out if flags else args.out / "small"
-    arms = [n for n in ARMS if n in ("lora", *args.arms)]
-    device = pick_device(train.make_parser().parse_args(flags).device)
-    plan = {name: settings(name, flags or SMALL) for name in arms}
-    found: Scores = {name: {} for name in arms}
+    wanted = {"lora", *args.arms, *(n for arm in args.arms for n in ARMS[arm].of)}
+    plan: dict[str, dict[int, train.Settings]] = {}  # arm -> seed
+    for name, arm in ARMS.items():
+        if name in wanted:
+            theirs, runs = train.parse([*(flags or SMALL), *arm.flags.split(), "--compare"])
+            if theirs.fresh or len({s.task for s in runs}) > 1:
+                raise InputError("give one task, and no --fresh: remove the runs that are to go")
+            plan[name] = {
+                s.seed: replace(s, epochs=arm.times * s.epochs,
+                                max_steps=s.max_steps and arm.times * s.max_steps)
+                for s in runs if bool(s.molex) == arm.molex
+            }  # fmt: skip
+    found: Scores = {}
     for seed in plan["lora"]:
-        for name in arms:
-            if not args.report:
-                run(name, plan[name][seed], out, device)
+        for name, runs in plan.items():
             file = out / name / f"s{seed}" / "controls.json"
+            if not args.report:
+                run(name, runs[seed], out, pick_device(theirs.device))
             if file.exists():
-                found[name][seed] = read_json(file)
-    found = {name: runs for name, runs in found.items() if runs}
+                found.setdefault(name, {})[seed] = read_json(file)
     if "lora" not in found:
         raise InputError(f"{out} holds no finished run of lora")
-    report(found)
-    plot(found, out / "alpha.png")
-    print(f"\n{out / 'alpha.png'}: the metric over alpha")
+    metrics = [m for m in METRICS if m in next(iter(found["lora"].values()))]
+    report(found, metrics)
+    plot(found, metrics, out / "alpha.png")
+    print(f"\n{out / 'alpha.png'}: the metric over alpha; seeds: {len(found['lora'])}")
 
 
 if __name__ == "__main__":
