@@ -66,7 +66,7 @@ from eval import (
     write_text,
 )
 from lora import merge
-from model import InputError, Transformer, fill, read_json
+from model import NUMBER, InputError, Transformer, fill, read_json
 from molex import MoLEx
 
 Pick = Callable[[int], int]  # slot -> the layer that joins it
@@ -170,7 +170,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
             theirs = read_run(other)[1]
             ours = {n: p for n, p in trained_tensors(model).items() if n in theirs}
             fill(ours, theirs, f"{other} does not fit {first}: it")
-        found = score(give(model, arm, s.seed), tokenizer, dev, s)
+        found = score(give(model, arm, s.seed), tokenizer, dev, s) | dict(seconds=None)
         if not arm.of:
             last = read_log(folder, s.task)[-1]
             found["seconds"] = last["step"] * last["seconds_per_step"]
@@ -181,7 +181,7 @@ def score(
     model: Transformer, tokenizer: Tokenizer, dev: dict[str, list[Example]], s: train.Settings
 ) -> dict[str, float]:
     """The metrics; alpha; how often, in %, a slot was given its own layer on the dev set."""
-    found, layers = train.dev_scores(model, dev, s), model.layers
+    found, layers = train.dev_scores(model, dev, s) | dict(alpha=1.0, own=100.0), model.layers
     if isinstance(layers, MoLEx):
         found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
         found["own"] = 100 * (layers.counts.trace() / layers.counts.sum()).item()
@@ -213,13 +213,11 @@ def report(found: Scores, metrics: list[str]) -> None:
             if cell and len(gains) > 1:
                 cell += f" ± {interval(gains):.{decimals}f}"
             text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
-        base = [found["lora"].get(seed, {}) for seed in runs]
-        times = [r["seconds"] / b["seconds"] for r, b in zip(runs.values(), base, strict=True)
-                 if "seconds" in r and b]  # fmt: skip
-        own, alpha = ([r[key] for r in runs.values() if key in r] for key in ("own", "alpha"))
-        for values, decimals in ((times, 2), (own, 0), (alpha, 3)):
-            text += f"{mean(values):7.{decimals}f}" if values else f"{'':7}"
-        print(text.rstrip())
+        times = [r["seconds"] / found["lora"][seed]["seconds"] for seed, r in runs.items()
+                 if r["seconds"] and seed in found["lora"]]  # fmt: skip
+        text += f"{mean(times):7.2f}" if times else f"{'':7}"
+        text += f"{mean(r['own'] for r in runs.values()):7.0f}"
+        print(text + f"{mean(r['alpha'] for r in runs.values()):7.3f}")
 
 
 def plot(found: Scores, metrics: list[str], path: Path) -> None:
@@ -230,7 +228,7 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    arms = {n: next(iter(runs.values())).get("alpha", 1.0) for n, runs in found.items()
+    arms = {n: next(iter(runs.values()))["alpha"] for n, runs in found.items()
             if n in ("lora", "molex") or n.startswith("alpha-")}  # fmt: skip
     arms = dict(sorted(arms.items(), key=lambda item: item[1]))
     x = [-log10(1.02 - a) for a in arms.values()]  # room between the alphas near 1
@@ -273,6 +271,9 @@ def main() -> None:
                                 max_steps=s.max_steps and arm.times * s.max_steps)
                 for s in runs if bool(s.molex) == arm.molex
             }  # fmt: skip
+    task = runs[0].task
+    metrics = [GLUE[task].metric] if task in GLUE else ["bleu"] * (task == "e2e") + ["dev_loss"]
+    forms = dict.fromkeys((*metrics, "alpha", "own"), NUMBER) | dict(seconds=(*NUMBER, None))
     found: Scores = {}
     for seed in plan["lora"]:
         for name, runs in plan.items():
@@ -280,10 +281,9 @@ def main() -> None:
             if not args.report:
                 run(name, runs[seed], out, pick_device(theirs.device))
             if file.exists():
-                found.setdefault(name, {})[seed] = read_json(file)
+                found.setdefault(name, {})[seed] = read_json(file, forms)
     if "lora" not in found:
         raise InputError(f"{out} holds no finished run of lora")
-    metrics = [m for m in METRICS if m in next(iter(found["lora"].values()))]
     report(found, metrics)
     plot(found, metrics, out / "alpha.png")
     print(f"\n{out / 'alpha.png'}: the metric over alpha; seeds: {len(found['lora'])}")
