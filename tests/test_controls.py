@@ -160,7 +160,8 @@ def test_table_and_picture(small):
         half = stats.t.ppf(0.975, 1) * stdev(gains) / 2**0.5
         cells = [f"{mean(losses):.4f} ± {stdev(losses):.4f}", f"{mean(gains):+.4f} ± {half:.4f}"]
         assert rows[arm][1] == "2" and rows[arm][4:6] == cells
-    assert rows["own"][6:] == ["100", "0.950"] and len(rows["lora-long"]) == 7
+    assert rows["own"][6:] == ["100", "0.950"]  # no time: it trains nothing
+    assert rows["lora-long"][7:] == ["100", "1.000"]
     assert (small / "out" / "alpha.png").stat().st_size > 10_000
 
 
