@@ -281,7 +281,9 @@ def glue_file(folder: str | Path, task: str, split: str) -> Path:
     """The official file of a split. Raises InputError if it is not there."""
     path = locate(folder) / GLUE[task].folder / f"{split}.tsv"
     if not path.is_file():
-        raise InputError(f"{path} is missing; --data DIR must hold GLUE's own folders, such as RTE")
+        has = [t.folder for t in GLUE.values() if (locate(folder) / t.folder).is_dir()]
+        raise InputError(f"{path} is missing; {folder} has {', '.join(has) or 'no task of GLUE'};"
+                         " --data DIR must hold GLUE's own folders, such as RTE")  # fmt: skip
     return path
 
 
@@ -371,29 +373,6 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
     return pairs[:held_out] if split == "dev" else pairs[held_out:]
 
 
-def encode_alpaca(
-    tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int
-) -> list["Example"]:
-    """Prompt and response texts as Examples of at most `limit` tokens, from the tokens that the
-    checkpoint starts a text with to the end-of-text token; longer responses are cut. Prompts that
-    leave no room for one are left out, and counted on the screen."""
-    if tokenizer.eos is None:
-        raise InputError(
-            "the checkpoint's config.json names no eos_token_id, which ends a response"
-        )
-    examples = []
-    for text, answer in tqdm(pairs, "encode", leave=False):
-        prompt = tokenizer.start + tokenizer.encode(text)
-        ids = [*tokenizer.encode(answer), tokenizer.eos]
-        if len(prompt) < limit:
-            examples.append(Example(prompt, ids[: limit - len(prompt)]))
-    if left_out := len(pairs) - len(examples):
-        print(f"left out {left_out} examples whose prompt alone fills {limit} tokens")
-    if not examples:
-        raise InputError(f"no prompt fits into {limit} tokens; raise --max-length")
-    return examples
-
-
 def data_files(task: str, data: str | Path | None) -> list[Path]:
     """The files that a run reads, none if they come from the hub. Raises InputError if one is not
     there."""
@@ -456,26 +435,46 @@ def encode_glue(tokenizer: Tokenizer, rows: list[Row], limit: int) -> list[Examp
         return [Example(encode_texts(tokenizer, texts, limit), label=label) for texts, label in bar]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The prompt, ended by the end-of-text token as in the LoRA code. Raises InputError if the
-    checkpoint has none."""
+def encode_prompt(tokenizer: Tokenizer, text: str, task: str = "e2e") -> list[int]:
+    """E2E's prompt is ended by the end-of-text token, as in the LoRA code; Alpaca's begins with the
+    tokens that the checkpoint starts a text with. Raises InputError if it has no end-of-text."""
     if tokenizer.eos is None:
-        raise InputError("the checkpoint's config.json names no eos_token_id, which ends a prompt")
-    return [*tokenizer.encode(text), tokenizer.eos]
+        raise InputError("the checkpoint's config.json names no eos_token_id, which ends a text")
+    ids = tokenizer.encode(text)
+    return [*tokenizer.start, *ids] if task == "alpaca" else [*ids, tokenizer.eos]
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int) -> list[Example]:
-    """Prompt and answer texts as Examples of at most `limit` tokens; longer answers are cut. The
-    answer starts with a space and ends with the end-of-text token. Raises InputError if a prompt
-    leaves no room for an answer."""
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], limit: int, task: str = "e2e"
+) -> list[Example]:
+    """Prompts and answers as Examples of at most `limit` tokens. An answer ends with the token that
+    ends a text, E2E's starts with a space; longer ones are cut. Prompts that leave no room for an
+    answer are left out, and counted on the screen. Raises InputError if all are."""
     examples = []
-    for text, answer in pairs:
-        prompt = encode_prompt(tokenizer, text)
-        if len(prompt) >= limit:
-            raise InputError(f"a prompt of {len(prompt)} tokens leaves no room within {limit}")
-        ids = [*tokenizer.encode(" " + answer.strip()), tokenizer.eos]
-        examples.append(Example(prompt, ids[: limit - len(prompt)]))
+    with tqdm(pairs, "encode", leave=False) as bar:  # closed before an error is printed
+        for text, answer in bar:
+            prompt = encode_prompt(tokenizer, text, task)
+            answer = answer if task == "alpaca" else " " + answer.strip()
+            ids = [*tokenizer.encode(answer), tokenizer.eos]
+            if len(prompt) < limit:
+                examples.append(Example(prompt, ids[: limit - len(prompt)]))
+    if not examples:
+        raise InputError(f"no prompt fits into {limit} tokens; raise --max-length")
+    if left_out := len(pairs) - len(examples):
+        print(f"left out {left_out} examples whose prompt alone fills {limit} tokens")
     return examples
+
+
+def read_examples(
+    tokenizer: Tokenizer, task: str, data: str | None, split: str, limit: int
+) -> list[Example]:
+    """One split of a task, read and encoded. Raises InputError."""
+    if task in GLUE:
+        return encode_glue(tokenizer, read_glue(data, task, split), limit)
+    if task == "alpaca":
+        return encode_pairs(tokenizer, read_alpaca(data, split), limit, task)
+    pairs = [(e2e_prompt(mr), ref) for mr, ref in read_e2e(data, split)]
+    return encode_pairs(tokenizer, pairs, limit)
 
 
 def shuffled_batches(

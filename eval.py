@@ -49,12 +49,11 @@ from data import (
     clean,
     collate,
     e2e_prompt,
-    encode_alpaca,
     encode_glue,
     encode_prompt,
     group_references,
-    read_alpaca,
     read_e2e,
+    read_examples,
     read_files,
     read_glue,
 )
@@ -342,20 +341,35 @@ def matthews(predictions: list[float], labels: list[float]) -> float:
 
 
 METRICS = {f.__name__: f for f in (accuracy, matthews, pearson)}
+ROWS = {  # what tables show of a task's scores, first what an average takes: name, factor, decimals
+    "e2e": {"bleu": ("BLEU", 100, 2), "nist": ("NIST", 1, 3), "meteor": ("METEOR", 100, 2),
+            "rouge_l": ("ROUGE-L", 100, 2), "cider": ("CIDEr", 1, 3),
+            "dev_loss": ("best dev loss", 1, 4)},
+    "alpaca": {"train_ppl": ("train perplexity", 1, 3), "dev_ppl": ("dev perplexity", 1, 3)},
+    **{name: {t.metric: (f"{t.folder} {t.metric}", 100, 2)} for name, t in GLUE.items()},
+}  # fmt: skip
+
+
+def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
+    """Batches of the examples' indices, of like length together, with a progress bar."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    with tqdm(total=len(order), desc=what, leave=False) as bar:
+        for i in range(0, len(order), batch_size):
+            yield order[i : i + batch_size]
+            bar.update(len(order[i : i + batch_size]))
 
 
 @torch.no_grad()
 def classify(model: Transformer, examples: list[Example], batch_size: int) -> list[float]:
     """The most likely class of each example, or its score. Texts of like length share a batch."""
-    device, training = model.embed.weight.device, model.training
+    training, order, found = model.training, [], []
     model.eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    found = []
-    for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False):
-        batch = collate([examples[j] for j in order[i : i + batch_size]]).to(device)
+    for some in by_length(examples, batch_size, "  dev"):
+        batch = collate([examples[i] for i in some]).to(model.embed.weight.device)
         with autocast(model):
             logits = model(batch.ids, batch.mask).float()
         found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+        order += some
     model.train(training)
     answers = dict(zip(order, torch.cat(found).tolist(), strict=True))
     return [answers[i] for i in range(len(examples))]
@@ -402,10 +416,9 @@ def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> fl
     perplexity (Table 12)."""
     training = model.training
     model.eval()
-    order = sorted(examples, key=len)
     total = sum(
-        summed_loss(model, order[i : i + batch_size], 0.0)
-        for i in tqdm(range(0, len(order), batch_size), "  dev", leave=False)
+        summed_loss(model, [examples[i] for i in some], 0.0)
+        for some in by_length(examples, batch_size, "  dev")
     )
     model.train(training)
     return total.item() / sum(e.targets for e in examples)
@@ -671,15 +684,12 @@ def generate(
     """The model's answer to each prompt, a text as in E2E or token ids. `search`: see
     `beam_search`. Prompts of like length are decoded together."""
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
-    with autocast(model), tqdm(total=len(ids), desc="beam search") as bar:
-        for i in range(0, len(order), batch_size):
-            some = order[i : i + batch_size]
-            found = beam_search(model, [ids[j] for j in some], tokenizer.eos, **search)
-            for j, answer in zip(some, found, strict=True):
-                answers[j] = tokenizer.decode(answer).strip()
-            bar.update(len(some))
+    with autocast(model):
+        for some in by_length(ids, batch_size, "beam search"):
+            found = beam_search(model, [ids[i] for i in some], tokenizer.eos, **search)
+            for i, answer in zip(some, found, strict=True):
+                answers[i] = tokenizer.decode(answer).strip()
     return answers
 
 
@@ -699,15 +709,16 @@ def read_log(folder: Path, task: str) -> list[dict]:
     """The entries of metrics.jsonl. Raises InputError."""
     path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
     entries = parse_json(read_text(path), path, lines=True)
-    return [check(entry, {key: NUMBER, "step": COUNT}, path) for entry in entries]
+    log = [check(entry, {key: NUMBER, "step": COUNT, "curve": (list,)}, path) for entry in entries]
+    gate = dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
+    for point in (point for entry in log for point in entry["curve"]):
+        check(point, {"step": COUNT, "loss_sum": NUMBER} | (gate if "alpha" in point else {}), path)
+    return log
 
 
 def read_scores(folder: Path, task: str) -> dict[str, float]:
     """scores.json, which must have what tables show. Raises InputError."""
-    names = dict(alpaca=("train_ppl", "dev_ppl"),
-                 e2e=("bleu", "nist", "meteor", "rouge_l", "cider", "dev_loss"))  # fmt: skip
-    names |= {name: (spec.metric,) for name, spec in GLUE.items()}
-    forms = dict.fromkeys((*names[task], "trainable", "seconds_per_step"), NUMBER)
+    forms = dict.fromkeys((*ROWS[task], "trainable", "seconds_per_step"), NUMBER)
     return read_json(folder / "scores.json", forms)
 
 
@@ -736,6 +747,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
         out = folder / "unfinished"
         print(f"{folder} is unfinished, {log[-1]['step']} of {steps} steps; see {out}")
     scores = best_epoch(log, config["task"]) | dict(trainable=trainable)
+    del scores["curve"]
     if config["task"] == "e2e":  # elsewhere, to the last bit what was measured in training
         merge(model)
     cast_frozen(model)
@@ -748,8 +760,16 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
             shares = model.layers.shares()
             write_text(out / "routes.json", json.dumps(shares.tolist()) + "\n")
             plot_routes({folder.name: shares}, out / "routes.png")
+        plot_curves([(folder.name, log)], config["task"], out / "loss.png")
         write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def write_samples(folder: Path, items: list[tuple[str, str, str]]) -> None:
+    """samples.txt: at most five of these texts, each with the output and what is right."""
+    chosen = [items[i] for i in sorted({k * len(items) // 5 for k in range(5 * bool(items))})]
+    texts = [f"{text}\n  output:    {out}\n  reference: {right}\n" for text, out, right in chosen]
+    write_text(folder / "samples.txt", "\n".join(texts))
 
 
 def evaluate_glue(
@@ -761,16 +781,13 @@ def evaluate_glue(
     dev = {split: encode_glue(tokenizer, rows[split], limit) for split in rows}
     found = {s: classify(model, examples, config["eval_batch"]) for s, examples in dev.items()}
     names, table, samples = GLUE[task].labels, ["split\tindex\tlabel\tprediction\n"], []
-    for split, examples in dev.items():
-        chosen = {k * len(examples) // 5 for k in range(5)}
-        for i, (e, answer) in enumerate(zip(examples, found[split], strict=True)):
-            label, said = (names[int(y)] if names else f"{y:.3f}" for y in (e.label, answer))
-            table.append(f"{split}\t{i}\t{label}\t{said}\n")
-            if i in chosen:
-                texts = "\n".join(rows[split][i][0])
-                samples.append(f"{texts}\n  prediction: {said}\n  label:      {label}\n")
+    for split in dev:
+        for i, ((texts, label), answer) in enumerate(zip(rows[split], found[split], strict=True)):
+            right, said = (names[int(y)] if names else f"{y:.3f}" for y in (label, answer))
+            table.append(f"{split}\t{i}\t{right}\t{said}\n")
+            samples.append(("\n".join(texts), said, right))
     write_text(folder / "predictions.tsv", "".join(table))
-    write_text(folder / "samples.txt", "\n".join(samples))
+    write_samples(folder, samples)
     return glue_scores(task, found, dev)
 
 
@@ -784,11 +801,7 @@ def evaluate_e2e(
     outputs = [clean(" ".join(output.split())) for output in outputs]
     rows = [f"{mr}\t{output}\n" for mr, output in zip(mrs, outputs, strict=True)]
     write_text(folder / "predictions.tsv", "MR\toutput\n" + "".join(rows))
-    samples = [
-        f"{mrs[i]}\n  output:    {outputs[i]}\n  reference: {references[i][0]}\n"
-        for i in sorted({k * len(mrs) // 5 for k in range(5)})
-    ]
-    write_text(folder / "samples.txt", "\n".join(samples))
+    write_samples(folder, [*zip(mrs, outputs, (group[0] for group in references), strict=True)])
     return e2e_scores(outputs, references)
 
 
@@ -798,18 +811,14 @@ def evaluate_alpaca(
     """The dev set's loss; and answers to five prompts, to look at."""
     longest = model.config.max_positions
     limit = min(config["max_length"], longest)
-    dev = encode_alpaca(tokenizer, read_alpaca(config["data"], "dev"), limit)
+    dev = read_examples(tokenizer, "alpaca", config["data"], "dev", limit)
     examples = [e for e in dev if len(e.prompt) + config["max_new_tokens"] <= longest]
-    chosen = sorted({k * len(examples) // 5 for k in range(5)}) if examples else []
-    examples = [examples[i] for i in chosen]
+    examples = examples[:: max(1, len(examples) // 5)][:5]
     prompts = [e.prompt for e in examples]
     outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
-    samples = [
-        f"{tokenizer.decode(e.prompt).partition('### ')[2]}\n  output:    {output}\n"
-        f"  reference: {tokenizer.decode(e.answer).strip()}\n"
-        for e, output in zip(examples, outputs, strict=True)
-    ]
-    write_text(folder / "samples.txt", "\n".join(samples))
+    texts = [tokenizer.decode(e.prompt).partition("### ")[2] for e in examples]
+    right = [tokenizer.decode(e.answer).strip() for e in examples]
+    write_samples(folder, [*zip(texts, outputs, right, strict=True)])
     if isinstance(model.layers, MoLEx):
         model.layers.counts.zero_()  # the routes to look at are those of the whole dev set
     return {"dev_loss": dev_loss(model, dev, config["eval_batch"])}
@@ -865,6 +874,56 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_curves(runs: list[tuple[str, list[dict]]], task: str, path: Path) -> None:
+    """Training loss and dev metric of runs over their steps and, with MoLEx, what the gate did
+    (`MoLEx.summary`). Each has a label, which gives its colour, and the entries of metrics.jsonl;
+    a point stands for 25 steps, or for what is left of an epoch."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric = GLUE[task].metric if task in GLUE else "dev_loss"
+    gated = any("alpha" in point for _, log in runs for point in log[0]["curve"])
+    figure, axes = pyplot.subplots(1, 2 + 2 * gated, figsize=(8 + 8 * gated, 3.2),
+                                   layout="constrained")  # fmt: skip
+    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
+    for label, log in runs:
+        how = dict(color=colours[label], linewidth=1, alpha=0.8)
+        steps, losses, begun = [], [], 0
+        for entry in log:
+            before = dict(step=begun, loss_sum=0.0)
+            for p in entry["curve"]:
+                steps.append(p["step"])
+                gain = p["loss_sum"] - before["loss_sum"]
+                losses.append(gain / max(1, p["step"] - before["step"]))
+                before = p
+            begun = entry["step"]
+        axes[0].plot(steps, losses, **how)
+        axes[1].plot([e["step"] for e in log], [e[metric] for e in log], "o-", **how)
+        points = [p for entry in log for p in entry["curve"] if "alpha" in p]
+        styles = {"changed": "-", "own": "--", "affinity": ":", "alpha": "-."} if points else {}
+        for name, style in styles.items():
+            axes[2].plot([p["step"] for p in points], [p[name] for p in points], style, **how)
+        if points:
+            axes[3].plot([p["step"] for p in points], [p["balance"] for p in points], **how)
+    for panel, title in zip(axes, ("training loss", f"dev {metric}".replace("dev dev_", "dev "),
+                                   "the gate", "load-balance loss"), strict=False):  # fmt: skip
+        panel.set(xlabel="step", title=title)
+    for label, colour in colours.items():
+        axes[0].plot([], [], color=colour, label=label)
+    axes[0].legend(fontsize=8)
+    if gated:
+        words = dict(changed="slots that changed their layer", own="slots that took their own",
+                     affinity="affinity of the chosen layer", alpha="alpha")  # fmt: skip
+        for name, style in dict(changed="-", own="--", affinity=":", alpha="-.").items():
+            axes[2].plot([], [], style, color="black", label=words[name])
+        axes[2].legend(fontsize=7)
+        axes[2].set_ylim(-0.02, 1.02)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    pyplot.close(figure)
+
+
 # --------------------------------------------------------------------------------- command line
 
 
@@ -917,11 +976,9 @@ def main() -> None:
         scores = e2e_scores(*read_files(args.predictions, args.references))
     else:
         raise InputError("give a run folder, or both --predictions FILE and --references FILE")
-    shown = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "accuracy", "accuracy_matched",
-             "accuracy_mismatched", "matthews", "pearson", "train_ppl", "dev_ppl")  # fmt: skip
-    for name in shown:
-        if name.lower() in scores:
-            print(f"{name:20}{scores[name.lower()]:8.4f}")
+    for name, value in scores.items():
+        if name.startswith((*chain(*ROWS.values()),)):
+            print(f"{name:20}{value:8.4f}")
     if args.json:
         print(json.dumps(scores))
 

@@ -235,35 +235,24 @@ class Cache:
 
     def __init__(self) -> None:
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.rows: dict[tuple[int, int], Tensor | None] = {}  # None: every sequence of the batch
         self.route: dict[int, list[list[int]]] = {}
         self.real: Tensor | None = None
 
-    def append(
-        self, key: tuple[int, int], k: Tensor, v: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def append(self, key: tuple[int, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
         if key in self.kv:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.kv[key], (k, v), strict=True))
-        self.kv[key], self.rows[key] = (k, v), rows
+        self.kv[key] = k, v
         return k, v
 
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row index[i] was: repeats, reorders or drops sequences."""
-        batch = len(self.real)
         self.real = self.real[index]
         for t, picks in self.route.items():
             if len(picks) > 1:
                 self.route[t] = [picks[i] for i in index.tolist()]
         for key, (k, v) in self.kv.items():
-            local, rows = index, self.rows[key]
-            if rows is not None:  # only some sequences run this layer: find them in the new batch
-                place = index.new_full((batch,), -1)
-                place[rows] = torch.arange(len(rows), device=index.device)
-                local = place[index]
-                self.rows[key] = (local >= 0).nonzero().flatten()
-                local = local[self.rows[key]]
-            self.kv[key] = k[local], v[local]
+            self.kv[key] = k[index], v[index]
 
 
 @dataclass
@@ -276,14 +265,6 @@ class Context:
     causal: bool  # True: with mask None, tokens look only at earlier ones
     rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d_head)
     cache: Cache | None = None
-    rows: Tensor | None = None  # which sequences of the batch these are; None: all
-
-    def take(self, rows: Tensor) -> "Context":
-        """The same for some sequences of the batch only."""
-        pick = lambda x: None if x is None else x[rows]  # noqa: E731
-        rope = self.rope and tuple(x[rows] for x in self.rope)
-        return replace(self, real=self.real[rows], prompt=self.prompt[rows], mask=pick(self.mask),
-                       rope=rope, rows=rows)  # fmt: skip
 
 
 ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -346,7 +327,7 @@ class Attention(nn.Module):
         if ctx.rope is not None:
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None:
-            k, v = ctx.cache.append(key, k, v, ctx.rows)
+            k, v = ctx.cache.append(key, k, v)
         groups = self.config.n_head // self.config.n_kv_head
         if groups > 1:  # grouped-query attention: neighbouring heads share a key and a value
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

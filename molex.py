@@ -20,7 +20,7 @@ the only new parameters are the gate's and, if learned, alpha.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -30,30 +30,34 @@ from torch import Tensor, nn
 from model import Context, InputError, Transformer
 
 
+def setting(default: object, help: str, *choices: str) -> object:
+    """A field with its help and what it can be: train.py makes a flag of each."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
 @dataclass(frozen=True)
 class MoLExConfig:
     """The gate of Tables 5 and 6. The defaults are the paper's for E2E."""
 
-    gate: str = "linear"  # "linear": W z + b (section 2.2); "cosine": "Cos" in Table 5
-    proj_dim: int = 128  # of the cosine gate
-    activation: str = "softmax"  # scores to affinities; "sigmoid": the suffix "Sig"
-    individual_gates: bool = False  # a gate and an alpha for every layer, or one for all
-    vote: str = "mode"  # "Batch Agg": "mode" or "mean"
-    top_k: int = 1  # K
-    alpha: float = 0.95  # where it starts, if learned
-    learn_alpha: bool = False  # "Mixing Weights"
-    gate_weight: str = "renormalised"  # or "prob": two readings of w_j, see `MoLEx.weights`
-    route: str = "batch"  # who decides: the "batch" or each "sequence"
-    layers: tuple[int, ...] | None = None  # slots that mix (Table 6: 0 to 11); None: all
+    gate: str = setting("linear", '"Cos" in Table 5 is cosine', "linear", "cosine")
+    proj_dim: int = setting(128, "of the cosine gate")
+    activation: str = setting("softmax", '"Sig" in Table 5 is sigmoid', "softmax", "sigmoid")
+    individual_gates: bool = setting(False, "a gate and an alpha for each layer, not one for all")
+    vote: str = setting("mode", 'batch aggregation, Table 5\'s "Batch Agg"', "mode", "mean")
+    top_k: int = setting(1, "layers chosen for each slot (K)")
+    alpha: float = setting(0.95, "share of the slot's own layer; where it starts if learned")
+    learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
+    gate_weight: str = setting("renormalised", "two readings of w_j, see MoLEx.weights",
+                               "renormalised", "prob")  # fmt: skip
+    route: str = setting("batch", "who decides on the layers", "batch", "sequence")
+    layers: tuple[int, ...] | None = setting(None, "slots that mix, first-last; E2E: the first 12")
 
     def check(self, T: int) -> None:
         """Raise InputError unless this fits a model of T layers."""
-        choices = dict(gate=("linear", "cosine"), activation=("softmax", "sigmoid"),
-                       vote=("mode", "mean"), gate_weight=("renormalised", "prob"),
-                       route=("batch", "sequence"))  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata["choices"]
+            if allowed and value not in allowed:
+                raise InputError(f"{f.name} is {value!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
         if any(t not in range(T) for t in self.layers or ()):
@@ -113,6 +117,8 @@ class MoLEx(nn.Module):
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
         self.load_balance: Tensor | None = None
         self.counts = torch.zeros(T, T, dtype=torch.long)
+        self.history: dict = {}  # of training, see `summary`
+        self.summary()
         self.side: torch.cuda.Stream | None = None
 
     def alpha(self, t: int) -> Tensor | float:
@@ -130,6 +136,20 @@ class MoLEx(nn.Module):
         adds up to 200; a slot that does not mix chooses none."""
         return 100 * self.config.top_k * self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
 
+    @torch.no_grad()
+    def summary(self) -> dict[str, float]:
+        """Of training since the last call, with route="batch": the shares of votes that changed a
+        slot's layers and that took its own one, the mean affinity of the chosen layers and the
+        load-balance loss; and alpha now, a mean over the slots."""
+        h, n = self.history, max(1, self.history.get("votes", 0))
+        found = {name: h.get(name, 0.0) / n for name in ("changed", "own", "affinity")}
+        self.history = dict(votes=0, changed=0, own=0, affinity=0.0, passes=0, balance=0.0,
+                            last=h.get("last", {}))  # fmt: skip
+        alpha = sum(float(self.alpha(t)) for t in self.slots) / len(self.slots)
+        return found | dict(
+            balance=float(h.get("balance", 0.0)) / max(1, h.get("passes", 0)), alpha=alpha
+        )
+
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
         if z.is_cuda:
@@ -139,6 +159,9 @@ class MoLEx(nn.Module):
                     x.record_stream(self.side)
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
+        if self.training:
+            self.history["passes"] += 1
+            self.history["balance"] += self.load_balance.detach()
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -146,7 +169,8 @@ class MoLEx(nn.Module):
 
         On CUDA the slot's own layer runs on the current stream while the gate and the layers it
         chooses run on a second one. Their names have to reach the CPU, which starts them, but that
-        waits for the second stream alone. On the CPU one runs after the other.
+        waits for the second stream alone. On the CPU one runs after the other. If each sequence
+        chooses, a layer that any of them chose runs for all, with weight zero for the others.
         """
         if z.is_cuda:
             main = torch.cuda.current_stream(z.device)
@@ -160,18 +184,14 @@ class MoLEx(nn.Module):
                 self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
             picks = self.choose(t, log_a, best, ctx)
             w = self.weights(log_a, picks)
-            others = self.run_others(t, z, ctx, picks)
+            chosen = sorted({j for pick in picks for j in pick})
+            others = {j: self.blocks[j](z, ctx, slot=t) for j in chosen if j != t}
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in (w, *(x for _, rows, out in others for x in (rows, out) if x is not None)):
+            for x in (w, *others.values()):
                 x.record_stream(main)
         u = own - z
-        v = w[..., t, None] * u if any(t in pick for pick in picks) else torch.zeros_like(u)
-        for j, rows, out in others:
-            if rows is None:
-                v = v + w[..., j, None] * (out - z)
-            else:
-                v = v.index_add(0, rows, w[rows][..., j, None] * (out - z[rows]))
+        v = sum(w[..., j, None] * (others[j] - z if j != t else u) for j in chosen)
         # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
 
@@ -220,6 +240,13 @@ class MoLEx(nn.Module):
             score = mean if self.config.vote == "mean" else list(zip(vote, mean, strict=True))
             order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
+        if self.training and self.config.route == "batch":
+            h, pick = self.history, picks[0]
+            h["votes"] += 1
+            h["changed"] += pick != h["last"].get(t, pick)
+            h["own"] += t in pick
+            h["affinity"] += sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
+            h["last"][t] = pick
         chosen = torch.tensor(picks).flatten().bincount(minlength=T)
         self.counts[t] += chosen * (len(log_a) // len(tally))
         if ctx.cache is not None:
@@ -246,21 +273,6 @@ class MoLEx(nn.Module):
             if self.config.top_k == 1:
                 w = w + (kept.exp() - kept.exp().detach())
         return torch.zeros_like(log_a).scatter(-1, index, w)
-
-    def run_others(
-        self, t: int, z: Tensor, ctx: Context, picks: list[list[int]]
-    ) -> list[tuple[int, Tensor | None, Tensor]]:
-        """(j, rows, block_j(z[rows])) for every chosen layer but t itself, which runs anyway.
-        `rows` are the sequences that chose j, None if all did."""
-        out = []
-        for j in sorted({j for pick in picks for j in pick} - {t}):
-            rows = [i for i, pick in enumerate(picks) if j in pick]
-            if len(rows) == len(picks):
-                out.append((j, None, self.blocks[j](z, ctx, slot=t)))
-            else:
-                rows = torch.tensor(rows).to(z.device, non_blocking=True)
-                out.append((j, rows, self.blocks[j](z[rows], ctx.take(rows), slot=t)))
-        return out
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -47,18 +48,15 @@ from data import (
     Example,
     Tokenizer,
     data_files,
-    e2e_prompt,
-    encode_alpaca,
-    encode_glue,
-    encode_pairs,
     is_tokenized,
-    read_alpaca,
     read_e2e,
-    read_glue,
+    read_examples,
     shuffled_batches,
 )
 from eval import (
+    ROWS,
     Parser,
+    at_least,
     best_epoch,
     build,
     cast_frozen,
@@ -70,6 +68,8 @@ from eval import (
     locked,
     paired_bootstrap,
     pick_device,
+    plot_curves,
+    read_log,
     read_predictions,
     read_run,
     read_scores,
@@ -91,14 +91,9 @@ from model import (
     read_json,
     read_tensors,
 )
-from molex import MoLExConfig
+from molex import MoLExConfig, setting
 
 # ----------------------------------------------------------------------------------------- settings
-
-
-def setting(default: object, help: str) -> object:
-    """A field with its help: every one is a flag of the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,10 @@ class Settings:
     seed: int
     molex: MoLExConfig | None  # None: the same without MoLEx
     init: str | None = None  # a run, or a .bin file, to start from
-    shape: str = ""  # the model of MODELS that has this one's shape
+    shape: str = ""  # the model of [models] in paper.toml that has this one's shape
     differs: dict = field(default_factory=dict)  # setting -> [ours, the preset's]
-    tune: str = setting("lora", "what is trained: lora, full (everything) or bitfit (every bias)")
+    tune: str = setting("lora", "what is trained: full is everything, bitfit every bias",
+                        "lora", "full", "bitfit")  # fmt: skip
     epochs: int = setting(5, "passes over the training set")
     max_steps: int | None = setting(None, "stop, and end the decay, after so many optimizer steps")
     batch_size: int = setting(8, "sequences per optimizer step, over all processes")
@@ -139,8 +135,10 @@ class Settings:
     length_penalty: float = setting(0.9, "an answer's log-probability is over length ** this")
     no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
     max_new_tokens: int = setting(64, "longest answer")
-    beam_rule: str = setting("transformers", "whose beam search: transformers', or lora's code's")
-    precision: str | None = setting(None, "bf16 or float32 matrix products (on CUDA bf16)")
+    beam_rule: str = setting(
+        "transformers", "whose beam search, see eval.py", "transformers", "lora"
+    )
+    precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
     eval_batch: int = setting(16, "sequences evaluated together")
     test_limit: int | None = setting(None, "decode only so many MRs of the test set")
 
@@ -160,57 +158,23 @@ class Settings:
 
 
 PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text("utf-8"))
-# The models whose settings are known, by their shape: family, layers, width.
-MODELS = PAPER["models"] | {"nano/gpt2": ["gpt2", 8, 128], "nano/roberta": ["roberta", 8, 128]}
-# What Table 5 leaves out is as in the public LoRA scripts for GLUE, and transformers' trainer.
-GLUE_COMMON = dict(lora_r=8, lora_dropout=0.0, label_smoothing=0.0, warmup=0.06, weight_decay=0.1,
-                   clip=1.0, adam_eps=1e-8)  # fmt: skip
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
-# Table 11 says nothing of its settings. These are Liu et al.'s (2019) and Zaken et al.'s (2021).
-TUNE = {"lora": {}, "full": dict(lr=2e-5, epochs=10), "bitfit": dict(lr=1e-3)}
-# Table 12 says nothing of its settings either. Table 14's counts give r; learning rate, batch,
-# epochs, decay and the LoRA's dropout are llama-recipes', length and warm-up Alpaca's own.
-ALPACA = dict(lora_r=8, lora_dropout=0.05, lr=1e-4, batch_size=4, epochs=3, weight_decay=0.0,
-              warmup=0.03, label_smoothing=0.0, max_length=512, beams=1)  # fmt: skip
-NANO_TASKS = ("cola", "mrpc", "stsb")  # what nano/glue has
-# A small model needs larger steps, and fewer.
-NANO_GLUE = dict(epochs=5, lr=3e-3, lora_alpha=32.0, batch_size=16, length_groups=50, eval_batch=50)
-NANO_E2E = dict(epochs=3, lr=1e-2, warmup=50.0, length_groups=50, eval_batch=70)
-NANO = {
-    ("nano/gpt2", "e2e"): NANO_E2E | dict(data="nano/e2e"),
-    **{("nano/roberta", task): NANO_GLUE for task in GLUE},
-    **{("nano/roberta", task): NANO_GLUE | dict(data="nano/glue") for task in NANO_TASKS},
-}
 
 
 def preset(shape: str, task: str) -> tuple[dict, str]:
-    """What the paper, or the embedded default, sets for a model of MODELS ("" for any other) and a
-    task, less what `Settings` has; and whose settings these are, if they are another model's."""
-    nano = NANO.get((shape, task), {})
-    if task == "alpaca":
-        return ALPACA, ""  # not from the paper
-    if task == "e2e":
-        return nano, "" if nano or shape == "gpt2-medium" else "Table 6, for GPT-2 medium"
-    column = PAPER["table5"].get(shape, PAPER["table5"]["roberta-base"])
-    place = [*GLUE].index(task)
-    table = {n: row[place] if isinstance(row, list) else row for n, row in column.items()}
-    other = "" if nano or shape in PAPER["table5"] else "Table 5, for RoBERTa-base"
-    return table | GLUE_COMMON | nano, other
-
-
-HELP = {  # of the gate's settings, molex.py
-    "gate": "linear or cosine",
-    "proj_dim": "of the cosine gate",
-    "activation": "of the gate: softmax or sigmoid",
-    "individual_gates": "a gate and an alpha for each layer",
-    "vote": "batch aggregation: mode or mean",
-    "top_k": "layers chosen for each slot (K)",
-    "alpha": "share of the slot's own layer; where it starts if learned",
-    "learn_alpha": "learn the mixing weight",
-    "gate_weight": "renormalised or prob, see molex.py",
-    "route": "who decides on the layers: batch or sequence",
-    "layers": "slots that mix, first-last; E2E: the first 12",
-}
+    """What the paper, or the embedded default, sets for a model of [models] in paper.toml ("" for
+    any other) and a task, less what `Settings` has; and whose settings these are, if they are
+    another model's."""
+    kind, known = "glue" if task in GLUE else task, PAPER["presets"]
+    nano = known["nano"].get(shape, {}).get(kind, {})
+    if kind == "glue":
+        column = PAPER["table5"].get(shape, PAPER["table5"]["roberta-base"])
+        place = [*GLUE].index(task)
+        table = {n: row[place] if isinstance(row, list) else row for n, row in column.items()}
+        other = "" if nano or shape in PAPER["table5"] else "Table 5, for RoBERTa-base"
+        return table | known["glue"] | nano, other
+    own = nano or shape == "gpt2-medium" or task == "alpaca"  # Alpaca's are not from the paper
+    return known.get(task, {}) | nano, "" if own else "Table 6, for GPT-2 medium"
 
 
 def layer_range(text: str) -> tuple[int, ...]:
@@ -222,16 +186,14 @@ def layer_range(text: str) -> tuple[int, ...]:
     return slots
 
 
-OWN = {f.name: f.metadata["help"] for f in fields(Settings) if f.metadata}
-HELP |= OWN
-CHOICES = {"tune": [*TUNE], "beam_rule": ["transformers", "lora"], "precision": ["bf16", "float32"]}
+FLAGS = {f.name: f for cls in (Settings, MoLExConfig) for f in fields(cls) if f.metadata}
 GATE = [f.name for f in fields(MoLExConfig)]
-DEFAULTS = {f.name: f.default for cls in (Settings, MoLExConfig) for f in fields(cls)}
+OWN = [name for name in FLAGS if name not in GATE]
 
 
 def make_parser() -> Parser:
-    """A flag for every field of the two dataclasses that HELP explains; what is not given is left
-    out of the result."""
+    """A flag for every `setting` of the two dataclasses; what is not given is left out of the
+    result."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, for GLUE"
                         " nano/roberta, and --compare)")  # fmt: skip
@@ -240,7 +202,9 @@ def make_parser() -> Parser:
     parser.add_argument("--data", help="folder of the official files, for Alpaca a JSON or JSONL"
                         " file (default: from the hub)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    parser.add_argument(
+        "--seeds", type=at_least(0), nargs="+", default=[0], help="one run for each"
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
@@ -251,20 +215,17 @@ def make_parser() -> Parser:
                         " without. --task glue: MRPC, RTE, STS-B alone (Table 9)")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    for cls, names in ((Settings, OWN), (MoLExConfig, GATE)):
-        group = parser.add_argument_group(cls.__name__)
-        for name in names:
-            default = getattr(cls, name)
-            flag = "--molex-layers" if name == "layers" else "--" + name.replace("_", "-")
-            how = dict(type=int if default is None else type(default))
-            if name in CHOICES:
-                how = dict(choices=CHOICES[name])
-            if name == "layers":
-                how = dict(type=layer_range, metavar="0-11")
-            if isinstance(default, bool):
-                how = dict(action=argparse.BooleanOptionalAction)
-            text = HELP[name] + ("" if default is None else f" ({default})")
-            group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
+    for name, f in FLAGS.items():
+        how = dict(type=int if f.default is None else type(f.default))
+        if f.metadata["choices"]:
+            how = dict(choices=f.metadata["choices"])
+        elif isinstance(f.default, bool):
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif name == "layers":
+            how = dict(type=layer_range, metavar="0-11")
+        flag = "--molex-layers" if name == "layers" else "--" + name.replace("_", "-")
+        text = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
     return parser
 
 
@@ -277,36 +238,39 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     if decode and config.family == "roberta":
         raise InputError(f"{model} is an encoder, which cannot write text; take a decoder such as"
                          " gpt2-medium, or a task of GLUE")  # fmt: skip
-    given = {n: v for n, v in vars(args).items() if n in HELP}
+    given = {n: v for n, v in vars(args).items() if n in FLAGS}
     tasks = [*GLUE] if args.task == "glue" else [args.task]
     methods = [False] if args.no_molex else [True]
     if args.compare or (args.model is None and not args.no_molex):
         methods = [False, True]
-    shape = next((n for n, known in MODELS.items()
+    shape = next((n for n, known in PAPER["models"].items()
                   if known == [config.family, config.n_layer, config.d_model]), "")  # fmt: skip
     runs: list[Settings] = []
     for task in tasks:
         pair, theirs = [], preset(shape, task)[0]
         data = args.data or theirs.get("data")
         data_files(task, data)  # they are there, before the first run begins
-        if task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
-            theirs = theirs | dict(dropout=config.dropout)
         if task == "e2e":
             theirs = theirs | dict(layers=tuple(range(min(12, config.n_layer))))
+        elif task in GLUE:  # the checkpoint's own, as in the public LoRA scripts
+            theirs = theirs | dict(dropout=config.dropout)
         starts = args.init_from if args.task != "glue" or task in FROM_MNLI else []
         for mixes in methods:
             init, inherited = source(starts, model, mixes)
-            known = [*OWN] + GATE * mixes
-            base = DEFAULTS | theirs | TUNE[given.get("tune", inherited.get("tune", "lora"))]
-            chosen = base | inherited | given
+            tune = (dict(tune="lora") | inherited | given)["tune"]
+            base = (
+                {n: f.default for n, f in FLAGS.items()} | theirs | PAPER["presets"]["tune"][tune]
+            )
+            chosen = base | inherited | given  # the precedence of all settings
             molex = MoLExConfig(**{n: chosen[n] for n in GATE})
             molex.check(config.n_layer)
             pair.append(Settings(
                 model=model, task=task, data=data, seed=0, init=init, shape=shape,
                 molex=molex if mixes else None, **{n: chosen[n] for n in OWN},
-                differs={n: [chosen[n], base[n]] for n in known if chosen[n] != base[n]},
+                differs={n: [chosen[n], base[n]] for n in OWN + GATE * mixes
+                         if chosen[n] != base[n]},
             ))  # fmt: skip
-        runs += [replace(s, seed=seed) for seed in args.seeds for s in pair]
+        runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
     for name, value in given.items():
         if name in OWN and not isinstance(value, str):
             least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
@@ -458,21 +422,11 @@ def read_data(
     s: Settings, tokenizer: Tokenizer, limit: int
 ) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training examples, and those of each dev split."""
-    if s.task in GLUE:
-        rows = {split: read_glue(s.data, s.task, split) for split in ("train", *GLUE[s.task].dev)}
-        data = {split: encode_glue(tokenizer, rows[split], limit) for split in rows}
-        return data.pop("train"), data
-    if s.task == "alpaca":
-        data = {
-            n: encode_alpaca(tokenizer, read_alpaca(s.data, n), limit) for n in ("train", "dev")
-        }
-        return data.pop("train"), data
-    pairs = {
-        split: [(e2e_prompt(mr), ref) for mr, ref in read_e2e(s.data, split)]
-        for split in ("train", "dev", "test")  # the test set only to be sure that it is there
-    }
-    train, dev = (encode_pairs(tokenizer, pairs[split], limit) for split in ("train", "dev"))
-    return train, {"dev": dev}
+    splits = ("train", *(GLUE[s.task].dev if s.task in GLUE else ("dev",)))
+    data = {split: read_examples(tokenizer, s.task, s.data, split, limit) for split in splits}
+    if s.task == "e2e":
+        read_e2e(s.data, "test")  # only to be sure that it can be read
+    return data.pop("train"), data
 
 
 def differences(then: dict, now: dict) -> list[str]:
@@ -532,6 +486,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
     tensors, made = trained_tensors(model), origin(s)
 
     step, seconds, log, loss_sum = 0, 0.0, [], 0.0
+    curve: list[dict] = []  # of the epoch: a point every 25 steps
     losses: list[Tensor] = []  # of the steps since `settle`
     last, config = folder / "last.pt", folder / "config.json"
     if last.exists():
@@ -546,7 +501,9 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, seconds, log = state["step"], state["seconds"], state["log"]
-        loss_sum = state["loss_sum"]
+        loss_sum, curve = state["loss_sum"], state["curve"]
+        if s.molex:
+            model.layers.history = state["history"]
         if rank == 0:  # the other processes go on with dropout of their own
             for n in differences(then["versions"], made["versions"]):
                 print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
@@ -576,7 +533,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         state = dict(
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
             schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
-            rng=torch.get_rng_state(), origin=made,
+            rng=torch.get_rng_state(), origin=made, curve=curve,
+            history=model.layers.history if s.molex else None,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
         write_atomic(last, lambda path: torch.save(state, path))
@@ -587,7 +545,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         for epoch in range(len(log), -(-steps // per_epoch)):
             batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
             place = step - epoch * per_epoch
-            loss_sum *= place > 0
+            if not place:
+                loss_sum, curve = 0.0, []
             for batch in batches[place : place + steps - step]:
                 with uninterrupted():
                     losses.append(train_step(model, optimizer, [examples[i] for i in batch], s))
@@ -597,6 +556,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                     if step % 25 == 0 or place == per_epoch or step == steps:
                         settle()
                         bar.set_postfix(loss=f"{loss_sum / place:.3f}")
+                        gate = model.layers.summary() if s.molex else {}
+                        curve.append(dict(step=step, loss_sum=loss_sum, **gate))
                     now = time.perf_counter()
                     seconds, started = seconds + now - started, now
                 if rank == 0 and now - saved > SAVE_SECONDS:
@@ -606,6 +567,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                 found = dev_scores(model, dev, s)
                 entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
                              seconds_per_step=seconds / step, examples=counts)  # fmt: skip
+                entry["curve"] = curve
                 entries = [*log, entry]
                 if entry is best_epoch(entries, s.task):
                     best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
@@ -650,18 +612,6 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
 
 TRAINABLE = {"trainable": ("trainable parameters", 1, 0)}  # key -> (name, factor, decimals)
 SECONDS = {"seconds_per_step": ("seconds per step", 1, 3)}
-E2E_ROWS = {
-    "bleu": ("BLEU", 100, 2),
-    "nist": ("NIST", 1, 3),
-    "meteor": ("METEOR", 100, 2),
-    "rouge_l": ("ROUGE-L", 100, 2),
-    "cider": ("CIDEr", 1, 3),
-    "dev_loss": ("best dev loss", 1, 4),
-}
-ALPACA_ROWS = {
-    "train_ppl": ("train perplexity", 1, 3),
-    "dev_ppl": ("dev perplexity", 1, 3),
-}
 
 
 def paper(s: Settings) -> dict[tuple[str, str], str]:
@@ -669,7 +619,7 @@ def paper(s: Settings) -> dict[tuple[str, str], str]:
     kind = "glue" if s.task in GLUE else s.task
     rows = PAPER["results"].get(kind, {}).get(s.shape, {})
     row = rows.get(s.method + " from MNLI" * bool(s.init), [])
-    keys = [(s.task, n) for n in (ALPACA_ROWS if kind == "alpaca" else E2E_ROWS)]
+    keys = [(s.task, n) for n in ROWS[s.task]]
     if kind == "glue":
         keys = [(n, task.metric) for n, task in GLUE.items()] + [("glue", "average")]
     cells = {key: c for key, c in zip(keys, row, strict=False) if c and key[0] in (s.task, "glue")}
@@ -711,9 +661,22 @@ def spread(values: list[float], factor: float, decimals: int) -> str:
     return f"{text} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else text
 
 
+def interval(values: list[float]) -> float:
+    """Half the width of the 95% interval of the mean, by Student's t distribution, whose density is
+    added up from 0 on until it holds half of that."""
+    n, step = len(values), 1e-4
+    density = (1 + np.arange(0, 20, step) ** 2 / (n - 1)) ** (-n / 2)
+    density *= math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt(
+        (n - 1) * math.pi
+    )
+    t = step * (density.cumsum() * step).searchsorted(0.475)
+    return float(t) * statistics.stdev(values) / math.sqrt(n)
+
+
 def report(runs: list[Settings], out: Path) -> None:
-    """One table of all runs: a column for each method and, if there are two, their difference, then
-    what the paper has. For BLEU also the p-value of a paired bootstrap for every seed."""
+    """One table of all runs: a column for each method and, if there are two, their difference, with
+    its 95% interval over the seeds, then what the paper has. For BLEU also the p-value of a paired
+    bootstrap for every seed."""
     tasks, columns = [*dict.fromkeys(s.task for s in runs)], {s.method: {} for s in runs}
     for s in sorted(runs, key=lambda s: bool(s.init)):  # the average is Table 9's, if it is that
         columns[s.method] |= paper(s)
@@ -724,23 +687,22 @@ def report(runs: list[Settings], out: Path) -> None:
     ) -> str:
         text = f"{name:22}" + "".join(f"{spread(c, factor, decimals):>18}" for c in cells)
         if both:
-            gain = factor * (statistics.mean(cells[1]) - statistics.mean(cells[0]))
-            text += f"{gain:>+12,.{decimals}f}"
+            gains = [factor * (b - a) for a, b in zip(*cells, strict=True)]
+            gain = f"{statistics.mean(gains):+,.{decimals}f}"
+            gain += f" ± {interval(gains):.{decimals}f}" if len(gains) > 1 else ""
+            text += f"{gain:>18}"
         return text + "".join(f"{p.get(key, ''):>14}" for p in columns.values() if p)
 
     head = f"\n{'':22}" + "".join(f"{method:>18}" for method in columns)
-    head += "difference".rjust(12) * both
+    head += "difference".rjust(18) * both
     print(head + "".join(f"{'paper: ' + m.split()[-1]:>14}" for m, p in columns.items() if p))
     results = []  # [task][method][seed], the main score
     for task in tasks:
         folders = [[out / s.name for s in runs if (s.task, s.method) == (task, m)] for m in columns]
         scores = [[read_scores(f, task) for f in group] for group in folders]
-        rows, metric = (ALPACA_ROWS, "dev_ppl") if task == "alpaca" else (E2E_ROWS, "bleu")
-        if task in GLUE:
-            name, metric = GLUE[task].folder, GLUE[task].metric
-            parts = [key for key in scores[0][0] if key.startswith(metric + "_")]
-            rows = {metric: (f"{name} {metric}", 100, 2)}
-            rows |= {key: (key.replace(metric + "_", "  "), 100, 2) for key in parts}
+        metric, rows = next(iter(ROWS[task])), ROWS[task]
+        parts = [key for key in scores[0][0] if key.startswith(metric + "_")]  # MNLI's two dev sets
+        rows = rows | {key: (key.replace(metric + "_", "  "), 100, 2) for key in parts}
         if len(tasks) == 1:
             rows = TRAINABLE | rows | SECONDS
         for key, how in rows.items():
@@ -758,6 +720,8 @@ def report(runs: list[Settings], out: Path) -> None:
         means = [[statistics.mean(v) for v in zip(*cells, strict=True)]
                  for cells in zip(*results, strict=True)]  # fmt: skip
         print(line(("glue", "average"), means, "average", 100, 2))
+    if both and (seeds := len({s.seed for s in runs})) > 1:
+        print(f"\ndifference: paired, mean of {seeds} seeds with its 95% interval (Student's t)")
     if lines := any(columns.values()) and departures(runs, out):
         print("\nNot as in the paper:", *lines, sep="\n  ")
 
@@ -779,6 +743,11 @@ def main() -> None:
     if world()[0] == 0:
         print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
         report(runs, args.out)
+        for task in dict.fromkeys(s.task for s in runs) if len(runs) > 1 else ():
+            logs = [(s.method, read_log(args.out / s.name, task)) for s in runs if s.task == task]
+            picture = args.out / f"{runs[0].name.partition(f'-{runs[0].task}-')[0]}-{task}-loss.png"
+            plot_curves(logs, task, picture)
+            print(f"\nloss over steps, all runs: {picture}")
         print("\nruns:", *(str(args.out / s.name) for s in runs))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -29,7 +29,7 @@ from tokenizers.processors import Sequence as Processors
 
 import eval as evaluation
 import train
-from data import Example, Tokenizer, alpaca_prompt, encode_alpaca, read_alpaca
+from data import Example, Tokenizer, alpaca_prompt, encode_pairs, read_alpaca
 from eval import load_run, trained_tensors
 from lora import add_lora
 from model import Config, InputError, Transformer, load, read_config
@@ -326,7 +326,7 @@ def test_nothing_starts_a_text_of_gpt2_and_smollm2(smollm2):
 def test_examples(llama3):
     folder, theirs = llama3
     ours = Tokenizer.from_folder(folder, read_config(folder))
-    (example,) = encode_alpaca(ours, [(WITH_INPUT, f"bup {EOS}")], limit=500)
+    (example,) = encode_pairs(ours, [(WITH_INPUT, f"bup {EOS}")], limit=500, task="alpaca")
     assert example.prompt == theirs.encode(WITH_INPUT).ids  # <|begin_of_text|> included
     assert example.answer == [*ours.encode(f"bup {EOS}"), ours.eos]
     assert example.answer.count(ours.eos) == 1 and example.label is None
@@ -339,26 +339,27 @@ def tokenizer() -> Tokenizer:
 
 def test_examples_within_a_limit(tokenizer, capsys):
     pairs = [(WITHOUT, "Lima, of course"), (WITH_INPUT, "bup"), (WITH_INPUT, "no")]
-    whole = encode_alpaca(tokenizer, pairs, limit=500)
+    whole = encode_pairs(tokenizer, pairs, limit=500, task="alpaca")
     short, long = len(whole[0].prompt), len(whole[1].prompt)
     assert short < long < len(whole[1]) and capsys.readouterr().out == ""
-    (cut,) = encode_alpaca(tokenizer, pairs, limit=short + 2)
+    (cut,) = encode_pairs(tokenizer, pairs, limit=short + 2, task="alpaca")
     assert cut == Example(whole[0].prompt, whole[0].answer[:2])
-    (cut,) = encode_alpaca(tokenizer, pairs, limit=short + 1)
+    (cut,) = encode_pairs(tokenizer, pairs, limit=short + 1, task="alpaca")
     assert len(cut.answer) == 1
     printed = "left out 2 examples whose prompt alone fills {} tokens\n".format
     assert capsys.readouterr().out == printed(short + 2) + printed(short + 1)
-    assert len(encode_alpaca(tokenizer, pairs, limit=long)) == 1
-    assert [len(e) for e in encode_alpaca(tokenizer, pairs, limit=long + 1)][1:] == 2 * [long + 1]
+    assert len(encode_pairs(tokenizer, pairs, limit=long, task="alpaca")) == 1
+    both = encode_pairs(tokenizer, pairs, limit=long + 1, task="alpaca")
+    assert [len(e) for e in both][1:] == 2 * [long + 1]
     with pytest.raises(InputError, match=f"no prompt fits into {short} tokens; raise --max-length"):
-        encode_alpaca(tokenizer, pairs, limit=short)
+        encode_pairs(tokenizer, pairs, limit=short, task="alpaca")
 
 
 def test_a_checkpoint_without_an_end_token(llama3):
     folder, _ = llama3
     ours = Tokenizer.from_folder(folder, replace(read_config(folder), eos=None))
-    with pytest.raises(InputError, match="names no eos_token_id, which ends a response"):
-        encode_alpaca(ours, PAIRS, limit=500)
+    with pytest.raises(InputError, match="names no eos_token_id, which ends a text"):
+        encode_pairs(ours, PAIRS, limit=500, task="alpaca")
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -539,7 +540,10 @@ def test_perplexities(compared, file, tokenizer, molex):
     scores = json.loads((folder / "scores.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     model, _, config = load_run(folder, CPU)
-    splits = {n: encode_alpaca(tokenizer, read_alpaca(file, n), 256) for n in ("train", "dev")}
+    splits = {
+        n: encode_pairs(tokenizer, read_alpaca(file, n), 256, task="alpaca")
+        for n in ("train", "dev")
+    }
     assert {n: len(examples) for n, examples in splits.items()} == dict(train=54, dev=6)
     assert scores["dev_ppl"] == pytest.approx(math.exp(naive_loss(model, splits["dev"])), rel=1e-5)
     best = min(log, key=lambda entry: entry["dev_loss"])
@@ -576,7 +580,7 @@ def test_a_dev_set_of_prompts_too_long_to_answer_is_still_scored(tmp_path, token
     rows = instructions(10)
     rows[0]["input"] = "food " * 130
     path = write(tmp_path / "alpaca.json", rows)
-    (dev,) = encode_alpaca(tokenizer, read_alpaca(path, "dev"), 256)
+    (dev,) = encode_pairs(tokenizer, read_alpaca(path, "dev"), 256, task="alpaca")
     assert 256 - 64 < len(dev.prompt) < 256
     run_main(f"--task alpaca --model nano/gpt2 --no-molex --max-steps 1 --data {path}"
              f" --out {tmp_path}")  # fmt: skip

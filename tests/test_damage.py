@@ -36,7 +36,6 @@ import train
 from data import (
     Tokenizer,
     byte_symbols,
-    encode_alpaca,
     encode_glue,
     encode_pairs,
     read_alpaca,
@@ -293,7 +292,7 @@ def use_report(root: Path) -> None:
 def use_alpaca(path: Path, root: Path) -> None:
     tokenizer = Tokenizer.from_folder(root / "gpt2", read_config(root / "gpt2"))
     for split in ("train", "dev"):
-        encode_alpaca(tokenizer, read_alpaca(path, split), 500)
+        encode_pairs(tokenizer, read_alpaca(path, split), 500, task="alpaca")
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -520,7 +519,7 @@ def test_hostile_text_is_trained_on_and_answered(files, name):
     elif name == "gpt2":
         examples = encode_pairs(tokenizer, [("name : A", text) for text in TEXTS], 60)
     else:
-        examples = encode_alpaca(tokenizer, [("Say it.", text) for text in TEXTS], 60)
+        examples = encode_pairs(tokenizer, [("Say it.", text) for text in TEXTS], 60, task="alpaca")
     assert len(examples) == len(TEXTS)
     s = train.Settings("m", "e2e", None, 0, None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

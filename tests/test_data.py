@@ -487,7 +487,7 @@ def test_encode_pairs_within_a_limit(tokenizer):
     assert cut == Example(whole.prompt, whole.answer[:-2])
     n = len(whole.prompt)
     assert len(encode_pairs(tokenizer, pairs, limit=n + 1)[0].answer) == 1
-    with pytest.raises(InputError, match=f"a prompt of {n} tokens leaves no room within {n}"):
+    with pytest.raises(InputError, match=f"no prompt fits into {n} tokens"):
         encode_pairs(tokenizer, pairs, limit=n)
 
 

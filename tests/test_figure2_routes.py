@@ -47,7 +47,7 @@ def make_run(folder: Path, *flags: str) -> Path:
     save_file({n: p.detach() for n, p in trained_tensors(model).items()},
               folder / "adapter.safetensors")  # fmt: skip
     metric = GLUE[s.task].metric if s.task in GLUE else "dev_loss"
-    log = [{metric: 0.0, "train_loss": 0.0, "step": i + 1} for i in range(s.epochs)]
+    log = [{metric: 0.0, "train_loss": 0.0, "step": i + 1, "curve": []} for i in range(s.epochs)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     return folder
 

@@ -559,7 +559,7 @@ def test_command_line_scores(files):
         ["First output.", "Second output."],
         [["One output.", "One more."], ["Two."]],
     )
-    names = ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
+    names = ["bleu", "nist", "meteor", "rouge_l", "cider"]
     assert [line.split() for line in table] == [[n, f"{scores[n.lower()]:.4f}"] for n in names]
     assert 0 < scores.pop("meteor") < 0.5
     expected = {f.__name__: f(predictions, references) for f in (bleu, nist, rouge_l, cider)}

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from transformers import get_linear_schedule_with_warmup
 
 import eval as evaluation
@@ -285,11 +286,18 @@ def compared(tmp_path_factory):
 
 def test_a_run_leaves_its_files(compared):
     out, stdout = compared
-    common = ["adapter.safetensors", "config.json", "last.pt", "metrics.jsonl", "origin.json",
-              "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
+    common = ["adapter.safetensors", "config.json", "last.pt", "loss.png", "metrics.jsonl",
+              "origin.json", "predictions.tsv", "samples.txt", "scores.json"]  # fmt: skip
     lora, molex = (out / f"runs/nano-gpt2-e2e-{m}-s0" for m in ("lora", "molex"))
     assert sorted(f.name for f in lora.iterdir()) == common
     assert sorted(f.name for f in molex.iterdir()) == sorted([*common, "routes.json", "routes.png"])
+    assert (out / "runs/nano-gpt2-e2e-loss.png").stat().st_size > 10_000  # of the two
+    for folder in (lora, molex):
+        (entry,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        (point,) = entry["curve"]
+        assert point["step"] == entry["step"] == 8
+        assert point["loss_sum"] / 8 == pytest.approx(entry["train_loss"])
+        assert ("affinity" in point) == (folder == molex)
     assert (molex / "samples.txt").read_text().count("reference:") == 5
     assert len((lora / "predictions.tsv").read_text().splitlines()) == 13
     extra = (
@@ -368,7 +376,7 @@ def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch,
 def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kills, molex):
     """Killed within an epoch and at its end, with dropout; 5 steps an epoch: none is lost or
     doubled."""
-    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:40])
+    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:40])
     s = settings("--max-steps 13 --learn-alpha", molex)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(s, whole, CPU)
@@ -385,7 +393,7 @@ def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kill
 @pytest.mark.parametrize("name", ["adapter.safetensors", "metrics.jsonl", "last.pt"])
 def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
     """Whichever file of the last epoch is the first not to be written, the next start makes up."""
-    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
     s, rename = settings("--epochs 1"), evaluation.os.replace
 
     def dies(source, target):
@@ -404,7 +412,7 @@ def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
 
 def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
     """The prompt under which an answer is learned is the one under which it is asked for."""
-    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
+    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, "train")[:8])
     monkeypatch.setattr(evaluation, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
     learned, asked = set(), set()
     step, search = train.train_step, evaluation.beam_search
@@ -448,7 +456,9 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
         pairs = read_e2e("nano/e2e", split)[:40]
         lines = [f"{e2e_prompt(mr)}||{ref.replace('-', ' - ')}\n" for mr, ref in pairs]
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
-    monkeypatch.setitem(train.MODELS, "gpt2-medium", ["gpt2", 8, 128])  # the paper's numbers beside
+    monkeypatch.setitem(
+        train.PAPER["models"], "gpt2-medium", ["gpt2", 8, 128]
+    )  # the paper's numbers beside
     flags = f"--data {tmp_path} --max-steps 3 --batch-size 4 {SHORT} --out {tmp_path / 'runs'}"
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "nano/gpt2", *flags.split()])
     main()
@@ -476,7 +486,7 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
 
 
 def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
     losses, seen = iter([2.0, 1.0, 1.5]), []
 
     def dev_loss(model, *_):
@@ -511,6 +521,13 @@ def test_dev_loss_is_the_mean_over_tokens():
 def test_seeds_give_mean_and_deviation():
     assert train.spread([0.5, 0.7, 0.6], 100, 2) == "60.00 ± 10.00"
     assert train.spread([1234.0], 1, 0) == "1,234"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+def test_the_interval_of_a_mean_is_students(n):
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
+    low, high = stats.t.interval(0.95, n - 1, loc=0, scale=stats.sem(values))
+    assert train.interval(values) == pytest.approx((high - low) / 2, rel=1e-3)
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -556,8 +573,8 @@ class Killed(BaseException):
 @pytest.fixture
 def short(monkeypatch):
     """Two steps an epoch, and no METEOR."""
-    for module in (train, evaluation):
-        monkeypatch.setattr(module, "read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    for module in ("data", "train", "eval"):
+        monkeypatch.setattr(f"{module}.read_e2e", lambda data, split: read_e2e(data, split)[:16])
     names = ("bleu", "nist", "meteor", "rouge_l", "cider")
     monkeypatch.setattr(evaluation, "e2e_scores", lambda *_: dict.fromkeys(names, 0.5))
 
@@ -596,7 +613,7 @@ def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
     evaluation.main()
     said = capsys.readouterr().out
-    assert "unfinished, 2 of 6 steps" in said and "BLEU" in said
+    assert "unfinished, 2 of 6 steps" in said and "bleu" in said
     assert sorted(folder.iterdir()) == sorted([*before, folder / "unfinished"])
     run_main(monkeypatch, command(tmp_path))
     assert "resumed" in capsys.readouterr().out
@@ -712,7 +729,7 @@ def test_a_kill_while_an_old_run_is_removed_leaves_none_of_it(short, monkeypatch
 
 def test_bad_input_removes_no_run(short, monkeypatch, failure, tmp_path):
     folder = killed_run(monkeypatch, tmp_path)
-    failure(lambda: run_main(monkeypatch, command(tmp_path), "--fresh --max-length 10"))
+    failure(lambda: run_main(monkeypatch, command(tmp_path), "--fresh --max-length 2"))
     assert (folder / "last.pt").exists()
 
 
@@ -862,12 +879,12 @@ def bad_csv(tmp_path, text):
         ("--top-k 9", "top-k is 9, but the model has 8 layers"),
         ("--molex-layers 3-12", "layers 3-12 are to mix, but the model has layers 0-7"),
         ("--molex-layers x", "invalid"),
-        ("--gate quadratic", "gate is 'quadratic', not linear or cosine"),
+        ("--gate quadratic", "invalid choice: 'quadratic'"),
         ("--alpha 1.5", "alpha is 1.5"),
         ("--data nosuch", "trainset.csv is missing"),
         ("--device nosuch", "--device nosuch cannot be used here"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
-        ("--max-length 10", "leaves no room"),
+        ("--max-length 10", "no prompt fits into 10 tokens"),
         ("csv:", "trainset.csv is empty"),
         ("csv:mr,ref\n", "holds no examples"),
         ("csv:mr,text\nname[A],b\n", "no column ref"),
