@@ -230,13 +230,15 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
         y = [mean(values) for values, _ in columns]
         half = [train.interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
         low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
-        panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-        panel.plot(x, y, "o-", color="tab:blue", markersize=4)
+        panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0,
+                           label="95% of the difference to LoRA")  # fmt: skip
+        panel.plot(x, y, "o-", color="tab:blue", markersize=4, label="mean (dots: seeds)")
         for place, (values, _) in zip(x, columns, strict=True):
             panel.plot([place] * len(values), values, ".", color="tab:gray", markersize=3)
-        panel.axhline(y[-1], color="tab:red", linewidth=0.8, linestyle="--")
+        panel.axhline(y[-1], color="tab:red", linewidth=0.8, linestyle="--", label="LoRA")
         panel.set_xticks(x, [f"{a:g}" for a in arms.values()])
         panel.set(xlabel="alpha (1: LoRA)", ylabel=METRICS[m][0])
+        panel.legend(fontsize=7)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
 
