@@ -848,15 +848,12 @@ def read_predictions(folder: Path) -> tuple[list[str], list[str], list[list[str]
 def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     """Heat maps of which layer (y) was chosen in which slot (x), as in Figure 2: white never, black
     always; a panel for each name and its `MoLEx.shares`, at most four in a row."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     wide = min(4, len(runs))
     high, inches = -(-len(runs) // wide), 2 + 0.1 * max(map(len, runs.values()))
-    figure, axes = pyplot.subplots(high, wide, squeeze=False, layout="constrained",
-                                   figsize=(inches * wide + 0.8, inches * high))  # fmt: skip
+    figure = Figure(figsize=(inches * wide + 0.8, inches * high), layout="constrained")
+    axes = figure.subplots(high, wide, squeeze=False)
     for panel in axes.flat[len(runs) :]:
         panel.axis("off")
     for panel, (name, shares) in zip(axes.flat, runs.items(), strict=False):
@@ -871,57 +868,42 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
         panel.set_title(name.replace("/", "\n"), fontsize=8)
     figure.colorbar(image, ax=axes, label="% of sequences")
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def plot_curves(runs: list[tuple[str, list[dict]]], task: str, path: Path) -> None:
-    """Training loss and dev metric of runs over their steps and, with MoLEx, what the gate did
-    (`MoLEx.summary`). Each has a label, which gives its colour, and the entries of metrics.jsonl;
-    a point stands for 25 steps, or for what is left of an epoch."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Training loss and dev metric over steps and, with MoLEx, what the gate did: the values of
+    `MoLEx.summary`. A colour for each label, a line for each log, a point for every 25 steps."""
+    from matplotlib.figure import Figure  # slow to import
 
     metric = GLUE[task].metric if task in GLUE else "dev_loss"
+    styles = dict(changed="-", own="--", affinity=":", alpha="-.")
     gated = any("alpha" in point for _, log in runs for point in log[0]["curve"])
-    figure, axes = pyplot.subplots(1, 2 + 2 * gated, figsize=(8 + 8 * gated, 3.2),
-                                   layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(8 + 8 * gated, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2 + 2 * gated)
     colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for label, log in runs:
-        how = dict(color=colours[label], linewidth=1, alpha=0.8)
-        steps, losses, begun = [], [], 0
+        how, step, losses = dict(color=colours[label], linewidth=1), 0, {}
         for entry in log:
-            before = dict(step=begun, loss_sum=0.0)
+            sums = 0.0
             for p in entry["curve"]:
-                steps.append(p["step"])
-                gain = p["loss_sum"] - before["loss_sum"]
-                losses.append(gain / max(1, p["step"] - before["step"]))
-                before = p
-            begun = entry["step"]
-        axes[0].plot(steps, losses, **how)
+                losses[p["step"]] = (p["loss_sum"] - sums) / max(1, p["step"] - step)
+                step, sums = p["step"], p["loss_sum"]
+        axes[0].plot([*losses], [*losses.values()], **how)
         axes[1].plot([e["step"] for e in log], [e[metric] for e in log], "o-", **how)
         points = [p for entry in log for p in entry["curve"] if "alpha" in p]
-        styles = {"changed": "-", "own": "--", "affinity": ":", "alpha": "-."} if points else {}
-        for name, style in styles.items():
-            axes[2].plot([p["step"] for p in points], [p[name] for p in points], style, **how)
-        if points:
-            axes[3].plot([p["step"] for p in points], [p["balance"] for p in points], **how)
-    for panel, title in zip(axes, ("training loss", f"dev {metric}".replace("dev dev_", "dev "),
-                                   "the gate", "load-balance loss"), strict=False):  # fmt: skip
-        panel.set(xlabel="step", title=title)
+        for name in [*styles, "balance"] if points else []:
+            panel, style = axes[2 + (name == "balance")], styles.get(name, "-")
+            panel.plot([p["step"] for p in points], [p[name] for p in points], style, **how)
     for label, colour in colours.items():
         axes[0].plot([], [], color=colour, label=label)
-    axes[0].legend(fontsize=8)
-    if gated:
-        words = dict(changed="slots that changed their layer", own="slots that took their own",
-                     affinity="affinity of the chosen layer", alpha="alpha")  # fmt: skip
-        for name, style in dict(changed="-", own="--", affinity=":", alpha="-.").items():
-            axes[2].plot([], [], style, color="black", label=words[name])
-        axes[2].legend(fontsize=7)
-        axes[2].set_ylim(-0.02, 1.02)
+    for name, style in styles.items() if gated else ():
+        axes[2].plot([], [], style, color="black", label=name)
+    titles = ["training loss", f"dev {metric.removeprefix('dev_')}", "gate", "load-balance loss"]
+    for panel, title in zip(axes, titles, strict=False):
+        panel.set(xlabel="step", title=title)
+    for panel in axes[: 1 + 2 * gated : 2]:
+        panel.legend(fontsize=7)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
-    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------------------- command line

@@ -117,8 +117,8 @@ class MoLEx(nn.Module):
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
         self.load_balance: Tensor | None = None
         self.counts = torch.zeros(T, T, dtype=torch.long)
-        self.history: dict = {}  # of training, see `summary`
-        self.summary()
+        # of training, see `summary`: votes, load-balance losses, what each slot chose last
+        self.history: tuple[list, list[Tensor], dict[int, list[int]]] = ([], [], {})
         self.side: torch.cuda.Stream | None = None
 
     def alpha(self, t: int) -> Tensor | float:
@@ -141,14 +141,12 @@ class MoLEx(nn.Module):
         """Of training since the last call, with route="batch": the shares of votes that changed a
         slot's layers and that took its own one, the mean affinity of the chosen layers and the
         load-balance loss; and alpha now, a mean over the slots."""
-        h, n = self.history, max(1, self.history.get("votes", 0))
-        found = {name: h.get(name, 0.0) / n for name in ("changed", "own", "affinity")}
-        self.history = dict(votes=0, changed=0, own=0, affinity=0.0, passes=0, balance=0.0,
-                            last=h.get("last", {}))  # fmt: skip
-        alpha = sum(float(self.alpha(t)) for t in self.slots) / len(self.slots)
-        return found | dict(
-            balance=float(h.get("balance", 0.0)) / max(1, h.get("passes", 0)), alpha=alpha
-        )
+        votes, balances, _ = self.history
+        sums = [sum(x) / len(votes) for x in zip(*votes, strict=True)] or [0.0] * 3
+        found = dict(zip(("changed", "own", "affinity"), sums, strict=True))
+        found["balance"] = torch.stack(balances).mean().item() if balances else 0.0
+        votes.clear(), balances.clear()
+        return found | dict(alpha=sum(float(self.alpha(t)) for t in self.slots) / len(self.slots))
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
@@ -160,8 +158,7 @@ class MoLEx(nn.Module):
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
         if self.training:
-            self.history["passes"] += 1
-            self.history["balance"] += self.load_balance.detach()
+            self.history[1].append(self.load_balance.detach())
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -241,12 +238,10 @@ class MoLEx(nn.Module):
             order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
         if self.training and self.config.route == "batch":
-            h, pick = self.history, picks[0]
-            h["votes"] += 1
-            h["changed"] += pick != h["last"].get(t, pick)
-            h["own"] += t in pick
-            h["affinity"] += sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
-            h["last"][t] = pick
+            (votes, _, last), pick = self.history, picks[0]
+            affinity = sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
+            votes.append((pick != last.get(t, pick), t in pick, affinity))
+            last[t] = pick
         chosen = torch.tensor(picks).flatten().bincount(minlength=T)
         self.counts[t] += chosen * (len(log_a) // len(tally))
         if ctx.cache is not None:

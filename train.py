@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -179,11 +180,11 @@ def preset(shape: str, task: str) -> tuple[dict, str]:
 
 def layer_range(text: str) -> tuple[int, ...]:
     """ "0-11" -> (0, 1, ..., 11)."""
-    first, dash, last = text.partition("-")
-    slots = tuple(range(int(first), int(last if dash else first) + 1))
+    first, _, last = text.partition("-")
+    slots = range(int(first), int(last or first) + 1) if re.fullmatch(r"\d+(-\d+)?", text) else ()
     if not slots:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no layer; write it as 0-11")
-    return slots
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; write it as 0-11")
+    return tuple(slots)
 
 
 FLAGS = {f.name: f for cls in (Settings, MoLExConfig) for f in fields(cls) if f.metadata}
@@ -198,13 +199,12 @@ def make_parser() -> Parser:
     parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, for GLUE"
                         " nano/roberta, and --compare)")  # fmt: skip
     parser.add_argument("--task", choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e",
+                        type=lambda name: name.lower().replace("-", ""),  # also SST-2
                         help="glue: all eight tasks in turn (e2e)")  # fmt: skip
     parser.add_argument("--data", help="folder of the official files, for Alpaca a JSON or JSONL"
                         " file (default: from the hub)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument(
-        "--seeds", type=at_least(0), nargs="+", default=[0], help="one run for each"
-    )
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="one run each")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
@@ -258,9 +258,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
         for mixes in methods:
             init, inherited = source(starts, model, mixes)
             tune = (dict(tune="lora") | inherited | given)["tune"]
-            base = (
-                {n: f.default for n, f in FLAGS.items()} | theirs | PAPER["presets"]["tune"][tune]
-            )
+            base = {n: f.default for n, f in FLAGS.items()} | theirs | PAPER["presets"][tune]
             chosen = base | inherited | given  # the precedence of all settings
             molex = MoLExConfig(**{n: chosen[n] for n in GATE})
             molex.check(config.n_layer)

@@ -124,14 +124,16 @@ def test_thirds_by_hand():
 
 def test_picture(monkeypatch, tmp_path):
     """x is the slot, y the layer; thirds lie between layers."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: savefig(f, *a, **k) or drawn.append(f)
+    )
     share = torch.zeros(8, 8)
     share[6, 2], share[6, 3], share[1, 1] = 75, 25, 100
     plot_routes({f"runs{n}/r": share for n in range(5)}, tmp_path / "routes.png")
-    panels = [p for p in pyplot.gcf().axes if p.images]
-    pyplot.close("all")
+    panels = [p for p in drawn[0].axes if p.images]
     assert [p.get_title() for p in panels] == [f"runs{n}\nr" for n in range(5)]
     (image,) = panels[4].images
     shown = image.get_array()

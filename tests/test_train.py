@@ -120,6 +120,10 @@ def test_methods_and_seeds(gpt2_medium):
     names = ["lora-s0", "molex-s0", "lora-s3", "molex-s3"]
     assert [r.name for r in runs] == [f"gpt2-medium-e2e-{n}" for n in names]
     assert replace(runs[1], molex=None) == runs[0]  # nothing else differs
+    runs = parse(["--seeds", "1", "1"])[1]
+    assert [r.seed for r in runs] == [1, 1]  # LoRA and MoLEx: the same seed counts once
+    runs = parse(["--task", "STS-B"])[1]
+    assert {r.task for r in runs} == {"stsb"}
     runs = parse([])[1]
     assert [r.name for r in runs] == ["nano-gpt2-e2e-lora-s0", "nano-gpt2-e2e-molex-s0"]
 
@@ -875,10 +879,12 @@ def bad_csv(tmp_path, text):
         ("--max-steps 0", "--max-steps cannot be 0"),
         ("--lr -1", "--lr cannot be -1.0"),
         ("--lora-dropout 1", "--lora-dropout cannot be 1.0"),
-        ("--molex-layers 5-3", "'5-3' holds no layer"),
+        ("--molex-layers 5-3", "'5-3' is no range of layers"),
+        ("--molex-layers 0,1,2", "'0,1,2' is no range of layers; write it as 0-11"),
+        ("--seeds 0 -1", "-1 is less than 0"),
         ("--top-k 9", "top-k is 9, but the model has 8 layers"),
         ("--molex-layers 3-12", "layers 3-12 are to mix, but the model has layers 0-7"),
-        ("--molex-layers x", "invalid"),
+        ("--molex-layers 3-", "'3-' is no range of layers"),
         ("--gate quadratic", "invalid choice: 'quadratic'"),
         ("--alpha 1.5", "alpha is 1.5"),
         ("--data nosuch", "trainset.csv is missing"),
