@@ -214,17 +214,14 @@ def report(found: Scores, metrics: list[str]) -> None:
 def plot(found: Scores, metrics: list[str], path: Path) -> None:
     """Each metric over alpha: dots for the seeds, a line through their means, and as a band the 95%
     interval of the difference to LoRA, whose alpha is 1 and whose mean is the dashed line."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     arms = {n: next(iter(runs.values()))["alpha"] for n, runs in found.items()
             if n in ("lora", "molex") or n.startswith("alpha-")}  # fmt: skip
     arms = dict(sorted(arms.items(), key=lambda item: item[1]))
     x = [-log10(1.02 - a) for a in arms.values()]  # room between the alphas near 1
-    figure, axes = pyplot.subplots(1, len(metrics), squeeze=False, layout="constrained",
-                                   figsize=(5 * len(metrics), 3.5))  # fmt: skip
+    figure = Figure(figsize=(5 * len(metrics), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for panel, m in zip(axes.flat, metrics, strict=True):
         columns = [column(found, name, m) for name in arms]
         y = [mean(values) for values, _ in columns]
@@ -240,7 +237,6 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
         panel.set(xlabel="alpha (1: LoRA)", ylabel=METRICS[m][0])
         panel.legend(fontsize=7)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
 
 
 def main() -> None:
