@@ -33,8 +33,8 @@ What an arm leaves alone:
   that was killed goes on with other draws than one that was not.
 - lora-long's learning rate decays over its own, longer training.
 
-Measured with `--epochs 1 --seeds 0 1 2`, differences with their 95% interval over three seeds; of so
-many differences one or two leave their interval by chance (figures/controls-alpha.png):
+Measured with `--epochs 1 --seeds 0 1 2`: differences with their 95% interval over three seeds. Of so
+many some leave it by chance. figures/controls-alpha.png is the picture.
 
 1. MoLEx has more BLEU than LoRA with every seed, 75.18 for 73.80, yet +1.37 ± 1.42 holds zero, and
    so does the dev loss, -0.011 ± 0.038.
@@ -50,8 +50,8 @@ many differences one or two leave their interval by chance (figures/controls-alp
 7. Small alphas hurt: 0.5 raises the dev loss by 0.222 ± 0.174, 0.8 lowers BLEU by 4.83 ± 4.42.
 8. From 0.9 on alpha makes no clear difference in BLEU: 0.9 has +0.10 ± 2.09, 0.99 -0.40 ± 3.50 (but
    -0.010 ± 0.009 dev loss); learned, it goes to 0.975 and has +1.09 ± 2.32.
-9. Twice the steps give LoRA the lowest dev loss, -0.024 ± 0.026, and +0.34 ± 1.38 BLEU, so MoLEx's
-   1.03 ± 2.48 above that says nothing of equal compute.
+9. Twice the steps give LoRA the lowest mean dev loss, -0.024 ± 0.026, and +0.34 ± 1.38 BLEU; at
+   such compute MoLEx has 1.03 ± 2.48 BLEU more and 0.013 ± 0.016 dev loss more, both level.
 10. Time is the wall clock's on a busy machine: 1.97 of LoRA's for lora-long, which does twice its
     work, and 1.80 to 3.00 for arms with MoLEx.
 """
