@@ -33,8 +33,8 @@ What an arm leaves alone:
   that was killed goes on with other draws than one that was not.
 - lora-long's learning rate decays over its own, longer training.
 
-Measured with `--epochs 1 --seeds 0 1 2`: differences with their 95% interval over three seeds. Of so
-many some leave it by chance. figures/controls-alpha.png is the picture.
+Measured with `--epochs 1 --seeds 0 1 2`: differences with their 95% interval over three seeds. With
+so many, some leave it by chance. The picture is figures/controls-alpha.png.
 
 1. MoLEx has more BLEU than LoRA with every seed, 75.18 for 73.80, yet +1.37 ± 1.42 holds zero, and
    so does the dev loss, -0.011 ± 0.038.
