@@ -1,0 +1,304 @@
+"""MoLEx taken apart: which part of the method makes a difference? Not in the paper.
+
+The paper compares LoRA with LoRA + MoLEx (Tables 1 and 2). Between the two lie a second layer in
+every slot, a gate that chooses it, an alpha, and more compute. Here each has an arm of its own:
+
+    lora, molex, prob, sequence   LoRA; MoLEx; with --gate-weight prob; with --route sequence
+    frozen                        the gate stays at its random start (--gate-lr 0)
+    random                        another layer, drawn anew for every slot and batch
+    neighbour, permutation        a fixed other layer: t + 1 (for the last t - 1); a random cycle
+    own                           molex's run, evaluated with every slot's own layer alone
+    lora-gate, lora-neighbour     lora's run, evaluated with the layers that molex's gate, or
+                                  neighbour, mixes in
+    alpha-0.5 ... alpha-0.99      MoLEx with that alpha (molex has 0.95)
+    learned                       MoLEx with a learned alpha
+    lora-long                     LoRA with twice the steps, about what MoLEx computes
+
+    python experiments/controls.py                    small: nano/gpt2 on E2E, one seed, few steps
+    python experiments/controls.py --seeds 0 1 2 3 4                  the embedded default, in full
+    python experiments/controls.py --model smollm2 --data DIR --max-steps 150 --seeds 0 1 2 \
+        --arms lora molex neighbour
+
+All flags but the three of `--help` are train.py's. A seed gives all arms the same start of the LoRA
+and the same batches in the same order; seed after seed, so that an end too early leaves whole
+seeds. The same command again resumes and keeps what is finished; with --report it trains nothing
+and prints what is there. A run is scored by its best epoch: GLUE by the task's metric, E2E by BLEU
+on the test set and dev loss, Alpaca by dev loss.
+
+What an arm leaves alone:
+
+- Where a layer is given, it has all the weight of Eq. 4, and neither gate nor hidden states have a
+  gradient from a gate. With `frozen` the gate's input still has the one of the affinities.
+- random draws from the run's seed. What is evaluated is drawn too, a layer for each batch. A run
+  that was killed goes on with other draws than one that was not.
+- lora-long's learning rate decays over its own, longer training.
+
+Measured with `--epochs 1 --seeds 0 1 2`: differences with their 95% interval over three seeds. With
+so many, some leave it by chance. The picture is figures/controls-alpha.png.
+
+1. MoLEx has more BLEU than LoRA with every seed, 75.18 for 73.80, yet +1.37 ± 1.42 holds zero, and
+   so does the dev loss, -0.011 ± 0.038.
+2. prob (+0.06 ± 0.57) and sequence (-0.86 ± 1.63) show no gain in BLEU over LoRA.
+3. Nor does any layer that no gate has learned to choose: frozen -0.12 ± 1.00, random +0.28 ± 1.83,
+   neighbour -0.30 ± 0.89, permutation -0.51 ± 2.52.
+4. Against MoLEx itself, frozen lacks 1.49 ± 0.93 BLEU and neighbour 1.67 ± 1.39, so what the gate
+   learns may matter; in dev loss nothing tells them apart (0.002 ± 0.017, 0.007 ± 0.041).
+5. MoLEx's run with every slot's own layer alone loses 2.47 ± 1.93 BLEU to itself, but in dev loss
+   stays level with it (-0.012 ± 0.041).
+6. LoRA's run does not take a second layer that it was not trained with: its dev loss rises by
+   0.125 ± 0.060 with MoLEx's gate, by 0.037 ± 0.015 with the neighbour.
+7. Small alphas hurt: 0.5 raises the dev loss by 0.222 ± 0.174, 0.8 lowers BLEU by 4.83 ± 4.42.
+8. From 0.9 on alpha makes no clear difference in BLEU: 0.9 has +0.10 ± 2.09, 0.99 -0.40 ± 3.50 (but
+   -0.010 ± 0.009 dev loss); learned, it goes to 0.975 and has +1.09 ± 2.32.
+9. Twice the steps give LoRA the lowest mean dev loss, -0.024 ± 0.026, and +0.34 ± 1.38 BLEU; at
+   such compute MoLEx has 1.03 ± 2.48 BLEU more and 0.013 ± 0.016 dev loss more, both level.
+10. Time is the wall clock's on a busy machine: 1.97 of LoRA's for lora-long, which does twice its
+    work, and 1.80 to 3.00 for arms with MoLEx.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import log10
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+from data import GLUE, Example, Tokenizer, clean, e2e_prompt
+from eval import (
+    Parser,
+    bleu,
+    command_line,
+    generate,
+    load_run,
+    locked,
+    pick_device,
+    read_log,
+    read_run,
+    read_test,
+    search_settings,
+    trained_tensors,
+    write_atomic,
+    write_text,
+)
+from lora import merge
+from model import NUMBER, InputError, Transformer, fill, read_json
+from molex import MoLEx
+
+Pick = Callable[[int], int]  # slot -> the layer that joins it
+
+
+def own(T: int, seed: int) -> Pick:
+    return lambda t: t
+
+
+def neighbour(T: int, seed: int) -> Pick:
+    return lambda t: t + 1 if t + 1 < T else t - 1
+
+
+def permutation(T: int, seed: int) -> Pick:
+    cycle = random.Random(seed).sample(range(T), T)  # no layer is its own successor
+    return {j: cycle[i - 1] for i, j in enumerate(cycle)}.__getitem__
+
+
+def draw(T: int, seed: int) -> Pick:
+    generator = random.Random(seed)
+    return lambda t: generator.choice([j for j in range(T) if j != t])
+
+
+@dataclass(frozen=True)
+class Arm:
+    flags: str = ""  # of train.py
+    molex: bool = True  # or LoRA alone
+    pick: Callable[[int, int], Pick] | None = None  # (T, seed) -> in the gate's place
+    times: int = 1  # as many steps
+    of: tuple[str, ...] = ()  # trains nothing: the first's run, with what the second's has trained
+
+
+ARMS = {
+    "lora": Arm(molex=False),
+    "molex": Arm(),
+    "prob": Arm("--gate-weight prob"),
+    "sequence": Arm("--route sequence"),
+    "frozen": Arm("--gate-lr 0"),
+    "random": Arm(pick=draw),
+    "neighbour": Arm(pick=neighbour),
+    "permutation": Arm(pick=permutation),
+    "own": Arm(pick=own, of=("molex",)),
+    "lora-gate": Arm(of=("molex", "lora")),
+    "lora-neighbour": Arm(pick=neighbour, of=("molex", "lora")),
+    **{f"alpha-{a}": Arm(f"--alpha {a}") for a in (0.5, 0.8, 0.9, 0.99)},
+    "learned": Arm("--learn-alpha"),
+    "lora-long": Arm(molex=False, times=2),
+}
+SMALL = ["--max-steps", "25", "--test-limit", "20", "--beams", "4"]
+METRICS = {"bleu": ("BLEU", 100, 2), "dev_loss": ("dev loss", 1, 4)} | {
+    task.metric: (task.metric, 100, 2) for task in GLUE.values()
+}  # name, factor, decimals
+
+Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> what `run` has found
+
+
+def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
+    """Put the arm's pick, if it has one, in the gate's place: every token is all for that layer."""
+    if arm.pick:
+        pick = arm.pick(model.config.n_layer, seed)
+
+        def log_affinity(t: int, z: Tensor) -> Tensor:
+            log_a = torch.full((*z.shape[:2], model.config.n_layer), -100.0, device=z.device)
+            log_a[..., pick(t)] = 0.0
+            return log_a
+
+        model.layers.log_affinity = log_affinity
+    return model
+
+
+def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
+    """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
+    arm, folder = ARMS[name], out / name / f"s{s.seed}"
+    if (folder / "config.json").exists():
+        now = json.loads(json.dumps(asdict(s)))
+        if other := train.differences(read_json(folder / "config.json"), now):
+            raise InputError(f"{folder} is of a run with another {', '.join(other)}; take another"
+                             " --out, or remove it")  # fmt: skip
+    if (folder / "controls.json").exists():
+        return
+    print(folder, flush=True)
+    model, tokenizer = train.prepare(s, device)
+    examples, dev = train.read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+    with locked(folder):
+        if arm.of:
+            write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")
+        else:
+            train.fit(s, folder, give(model, arm, s.seed), examples, dev)
+        first, *others = [out / source / folder.name for source in arm.of or [name]]
+        model = load_run(first, device)[0]
+        for other in others:
+            theirs = read_run(other)[1]
+            ours = {n: p for n, p in trained_tensors(model).items() if n in theirs}
+            fill(ours, theirs, f"{other} does not fit {first}: it")
+        found = score(give(model, arm, s.seed), tokenizer, dev, s) | dict(seconds=None)
+        if not arm.of:
+            last = read_log(folder, s.task)[-1]
+            found["seconds"] = last["step"] * last["seconds_per_step"]
+        write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
+
+
+def score(
+    model: Transformer, tokenizer: Tokenizer, dev: dict[str, list[Example]], s: train.Settings
+) -> dict[str, float]:
+    """The metrics; alpha; how often, in %, a slot was given its own layer on the dev set."""
+    found, layers = train.dev_scores(model, dev, s) | dict(alpha=1.0, own=100.0), model.layers
+    if isinstance(layers, MoLEx):
+        found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
+        found["own"] = 100 * (layers.counts.trace() / layers.counts.sum()).item()
+    if s.task == "e2e":
+        merge(model)
+        mrs, references = read_test(asdict(s))
+        prompts, how = [e2e_prompt(mr) for mr in mrs], search_settings(asdict(s))
+        outputs = generate(model, tokenizer, prompts, s.eval_batch, **how)
+        found["bleu"] = bleu([clean(" ".join(o.split())) for o in outputs], references)
+    return found
+
+
+def column(found: Scores, name: str, metric: str) -> tuple[list[float], list[float]]:
+    """An arm's values, and their differences to LoRA's of the same seed."""
+    runs, base, factor = found[name], found["lora"], METRICS[metric][1]
+    gains = [factor * (runs[seed][metric] - base[seed][metric]) for seed in runs if seed in base]
+    return [factor * r[metric] for r in runs.values()], gains
+
+
+def report(found: Scores, metrics: list[str]) -> None:
+    """The table."""
+    heads = "".join(f"{METRICS[m][0]:>18}{'less LoRA, 95%':>18}" for m in metrics)
+    print(f"\n{'':16}{'seeds':>5}{heads}{'time':>7}{'own %':>7}{'alpha':>7}")
+    for name, runs in found.items():
+        text = f"{name:16}{len(runs):5}"
+        for m in metrics:
+            decimals, (values, gains) = METRICS[m][2], column(found, name, m)
+            cell = f"{mean(gains):+.{decimals}f}" if gains and name != "lora" else ""
+            if cell and len(gains) > 1:
+                cell += f" ± {train.interval(gains):.{decimals}f}"
+            text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
+        times = [r["seconds"] / found["lora"][seed]["seconds"] for seed, r in runs.items()
+                 if r["seconds"] and seed in found["lora"]]  # fmt: skip
+        text += f"{mean(times):7.2f}" if times else f"{'':7}"
+        text += f"{mean(r['own'] for r in runs.values()):7.0f}"
+        print(text + f"{mean(r['alpha'] for r in runs.values()):7.3f}")
+
+
+def plot(found: Scores, metrics: list[str], path: Path) -> None:
+    """Each metric over alpha: dots for the seeds, a line through their means, and as a band the 95%
+    interval of the difference to LoRA, whose alpha is 1 and whose mean is the dashed line."""
+    from matplotlib.figure import Figure  # slow to import
+
+    arms = {n: next(iter(runs.values()))["alpha"] for n, runs in found.items()
+            if n in ("lora", "molex") or n.startswith("alpha-")}  # fmt: skip
+    arms = dict(sorted(arms.items(), key=lambda item: item[1]))
+    x = [-log10(1.02 - a) for a in arms.values()]  # room between the alphas near 1
+    figure = Figure(figsize=(5 * len(metrics), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)
+    for panel, m in zip(axes.flat, metrics, strict=True):
+        columns = [column(found, name, m) for name in arms]
+        y = [mean(values) for values, _ in columns]
+        half = [train.interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
+        low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
+        panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0,
+                           label="95% of the difference to LoRA")  # fmt: skip
+        panel.plot(x, y, "o-", color="tab:blue", markersize=4, label="mean (dots: seeds)")
+        for place, (values, _) in zip(x, columns, strict=True):
+            panel.plot([place] * len(values), values, ".", color="tab:gray", markersize=3)
+        panel.axhline(y[-1], color="tab:red", linewidth=0.8, linestyle="--", label="LoRA")
+        panel.set_xticks(x, [f"{a:g}" for a in arms.values()])
+        panel.set(xlabel="alpha (1: LoRA)", ylabel=METRICS[m][0])
+        panel.legend(fontsize=7)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def main() -> None:
+    about = "MoLEx taken apart; all other flags are train.py's"
+    parser = Parser(description=about, allow_abbrev=False)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM",
+                        help=f"and lora, and what they need ({' '.join(ARMS)})")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/controls"), help="where runs go")
+    parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
+    args, flags = parser.parse_known_args()
+    out = args.out if flags else args.out / "small"
+    wanted = {"lora", *args.arms, *(n for arm in args.arms for n in ARMS[arm].of)}
+    plan: dict[str, dict[int, train.Settings]] = {}  # arm -> seed
+    for name, arm in ARMS.items():
+        if name in wanted:
+            theirs, runs = train.parse([*(flags or SMALL), *arm.flags.split(), "--compare"])
+            if theirs.fresh or len({s.task for s in runs}) > 1:
+                raise InputError("give one task, and no --fresh: remove the runs that are to go")
+            plan[name] = {
+                s.seed: replace(s, epochs=arm.times * s.epochs,
+                                max_steps=s.max_steps and arm.times * s.max_steps)
+                for s in runs if bool(s.molex) == arm.molex
+            }  # fmt: skip
+    task = runs[0].task
+    metrics = [GLUE[task].metric] if task in GLUE else ["bleu"] * (task == "e2e") + ["dev_loss"]
+    forms = dict.fromkeys((*metrics, "alpha", "own"), NUMBER) | dict(seconds=(*NUMBER, None))
+    found: Scores = {}
+    for seed in plan["lora"]:
+        for name, runs in plan.items():
+            file = out / name / f"s{seed}" / "controls.json"
+            if not args.report:
+                run(name, runs[seed], out, pick_device(theirs.device))
+            if file.exists():
+                found.setdefault(name, {})[seed] = read_json(file, forms)
+    if "lora" not in found:
+        raise InputError(f"{out} holds no finished run of lora")
+    report(found, metrics)
+    plot(found, metrics, out / "alpha.png")
+    print(f"\n{out / 'alpha.png'}: the metric over alpha; seeds: {len(found['lora'])}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,189 @@
+"""experiments/controls.py: each arm is what it says, Eq. 4 written out, the table, what is kept.
+
+pytest tests/test_controls.py
+"""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from eval import dev_loss, load_run
+from experiments import controls
+from lora import add_lora
+from model import load, locate
+from molex import MoLExConfig, upcycle
+
+CPU = torch.device("cpu")
+TRAINED = ["lora", "molex", "frozen", "neighbour", "lora-long"]
+EVALUATED = ["own", "lora-gate", "lora-neighbour"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A part of nano/e2e, and in out/ what two seeds of some arms make of it."""
+    folder = tmp_path_factory.mktemp("controls")
+    for name, rows in (("trainset", 13), ("devset", 9), ("testset_w_refs", 9)):
+        lines = (locate("nano/e2e") / f"{name}.csv").read_text("utf-8").splitlines()
+        (folder / f"{name}.csv").write_text("\n".join(lines[:rows]), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "table.txt").write_text("\n".join(run(patch, folder)))
+    return folder
+
+
+def run(patch: pytest.MonkeyPatch, folder: Path, *flags: str) -> list[str]:
+    """The lines that it prints."""
+    lines: list[str] = []
+    shared = ["--data", folder, "--out", folder / "out", "--arms", *TRAINED, *EVALUATED,
+              "--max-steps", 3, "--warmup", 1, "--batch-size", 4, "--beams", 2,
+              "--max-new-tokens", 3, "--seeds", 0, 1]  # fmt: skip
+    patch.setattr(sys, "argv", ["controls.py", *map(str, shared), *flags])
+    patch.setattr(controls, "print", lambda x, **_: lines.extend(str(x).split("\n")), raising=False)
+    controls.main()
+    return lines
+
+
+def scores(small: Path, arm: str, seed: int = 0) -> dict[str, float]:
+    return json.loads((small / "out" / arm / f"s{seed}" / "controls.json").read_text())
+
+
+def evaluated(small: Path, arm: str, change=lambda model: None) -> float:
+    """The dev loss of seed 0's run, changed."""
+    model, tokenizer, config = load_run(small / "out" / arm / "s0", CPU)
+    change(model)
+    s = train.parse(["--data", str(small)])[1][0]
+    dev = train.read_data(s, tokenizer, 512)[1]["dev"]
+    return dev_loss(model, dev, config["eval_batch"])
+
+
+def test_picks():
+    for seed in range(20):
+        assert [controls.own(4, seed)(t) for t in range(4)] == [0, 1, 2, 3]
+        assert [controls.neighbour(4, seed)(t) for t in range(4)] == [1, 2, 3, 2]
+        fixed = controls.permutation(5, seed)
+        layers = [fixed(t) for t in range(5)]
+        assert sorted(layers) == [*range(5)] and all(j != t for t, j in enumerate(layers))
+        pick, again = controls.draw(5, seed), controls.draw(5, seed)
+        drawn = [pick(2) for _ in range(99)]
+        assert {*drawn} == {0, 1, 3, 4} and drawn == [again(2) for _ in range(99)]
+    assert len({controls.permutation(5, seed)(0) for seed in range(20)}) > 1
+
+
+def test_a_given_layer_has_all_the_weight_of_eq_4(checkpoint):
+    model = add_lora(load(checkpoint("gpt2")), 2, 4)
+    upcycle(model, MoLExConfig(alpha=0.7))
+    controls.give(model, controls.ARMS["neighbour"], 0)
+    ids, z = torch.randint(97, (2, 9)), []
+    for block in model.layers.blocks:
+        block.register_forward_hook(lambda _, args, out: z.append((args[0], out)))
+    model(ids).sum().backward()
+    assert all(p.grad is None for p in model.layers.gates.parameters())
+    assert model.layers.counts.tolist() == [[0, 2, 0], [0, 0, 2], [0, 2, 0]]
+    for t in range(2):  # calls come in pairs: the slot's own layer, then the other
+        (start, own), (_, other) = z[2 * t : 2 * t + 2]
+        expected = start + 0.7 * (own - start) + 0.3 * (other - start)
+        torch.testing.assert_close(z[2 * t + 2][0], expected)
+
+
+def test_random_draws_for_every_batch(checkpoint):
+    model = upcycle(load(checkpoint("gpt2")), MoLExConfig())
+    controls.give(model, controls.ARMS["random"], 0)
+    for _ in range(40):
+        model(torch.zeros(1, 4, dtype=torch.long))
+    assert (model.layers.counts.fill_diagonal_(1) > 0).all()
+
+
+def test_arms_by_flags():
+    def parsed(arm: str) -> train.Settings:
+        flags = controls.ARMS[arm].flags.split()
+        return train.parse(["--model", "nano/gpt2", *flags])[1][0]
+
+    paper = parsed("molex")
+    for arm, name, value in [("prob", "gate_weight", "prob"), ("sequence", "route", "sequence"),
+                             ("alpha-0.5", "alpha", 0.5), ("alpha-0.99", "alpha", 0.99),
+                             ("learned", "learn_alpha", True)]:  # fmt: skip
+        assert parsed(arm).molex == replace(paper.molex, **{name: value})
+        assert replace(parsed(arm), molex=paper.molex, differs={}) == paper
+
+
+def test_trained_arms(small):
+    first = {arm: small / "out" / arm / "s0" for arm in TRAINED}
+    logs = {arm: (folder / "metrics.jsonl").read_text() for arm, folder in first.items()}
+    steps = {arm: json.loads(log.splitlines()[-1])["step"] for arm, log in logs.items()}
+    assert steps == dict.fromkeys(TRAINED, 3) | {"lora-long": 6}
+    gate = {arm: load_file(first[arm] / "adapter.safetensors")["layers.gates.0.weight"]
+            for arm in TRAINED if not arm.startswith("lora")}  # fmt: skip
+    s = train.parse(["--model", "nano/gpt2", "--data", str(small)])[1][0]
+    start = train.prepare(s, CPU)[0].layers.gates[0].weight
+    assert gate["frozen"].equal(start) and gate["neighbour"].equal(start)
+    assert not gate["molex"].equal(start)
+    assert scores(small, "neighbour")["own"] == 0 and scores(small, "molex")["alpha"] == 0.95
+    assert len({scores(small, arm)["dev_loss"] for arm in TRAINED}) == len(TRAINED)
+    assert scores(small, "molex")["dev_loss"] == evaluated(small, "molex")
+
+
+def test_evaluated_arms(small):
+    lora = load_file(small / "out" / "lora" / "s0" / "adapter.safetensors")
+    molex = load_file(small / "out" / "molex" / "s0" / "adapter.safetensors")
+
+    def alone(model) -> None:  # MoLEx's LoRA, in a model without MoLEx
+        model.load_state_dict({n: molex[n] for n in lora}, strict=False)
+
+    def mixed(model) -> None:  # LoRA's LoRA, with MoLEx's gate
+        model.load_state_dict(lora, strict=False)
+
+    def next_to(model) -> None:
+        mixed(model)
+        controls.give(model, controls.ARMS["neighbour"], 0)
+
+    assert scores(small, "own")["dev_loss"] == evaluated(small, "lora", alone)
+    assert scores(small, "own")["own"] == 100
+    assert scores(small, "lora-gate")["dev_loss"] == evaluated(small, "molex", mixed)
+    assert scores(small, "lora-neighbour")["dev_loss"] == evaluated(small, "molex", next_to)
+    assert not (small / "out" / "own" / "s0" / "adapter.safetensors").exists()
+
+
+def test_table_and_picture(small):
+    lines = (small / "table.txt").read_text().splitlines()
+    rows = {x.split()[0]: re.split(r"\s{2,}", x) for x in lines if x.startswith(("lora", "own"))}
+    for arm in ("lora-long", "own"):
+        losses = [scores(small, arm, seed)["dev_loss"] for seed in (0, 1)]
+        gains = [x - scores(small, "lora", seed)["dev_loss"] for seed, x in enumerate(losses)]
+        half = train.interval(gains)
+        cells = [f"{mean(losses):.4f} ± {stdev(losses):.4f}", f"{mean(gains):+.4f} ± {half:.4f}"]
+        assert rows[arm][1] == "2" and rows[arm][4:6] == cells
+    assert rows["own"][6:] == ["100", "0.950"]  # no time: it trains nothing
+    assert rows["lora-long"][7:] == ["100", "1.000"]
+    assert (small / "out" / "alpha.png").stat().st_size > 10_000
+
+
+def test_what_is_finished_is_kept(small, monkeypatch):
+    monkeypatch.setattr(train, "fit", None)
+    table = (small / "table.txt").read_text().splitlines()
+    start = table.index(next(x for x in table if "BLEU" in x))
+    assert run(monkeypatch, small)[1:] == table[start:]
+    for file in ("lora/s1", "molex/s0"):
+        (small / "out" / file / "controls.json").rename(small / file.replace("/", "-"))
+    part = {x.split()[0]: x.split()[1] for x in run(monkeypatch, small, "--report") if "0." in x}
+    assert (part["lora"], part["molex"], part["own"]) == ("1", "1", "2")
+    for file in ("lora/s1", "molex/s0"):
+        (small / file.replace("/", "-")).rename(small / "out" / file / "controls.json")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.5"], r".*lora/s0 is of a run with another lr; take another --out, or remove it"),
+    (["--fresh"], r"give one task, and no --fresh: .*"),
+    (["--no-molex"], r".*not allowed with argument --no-molex"),
+    (["--arms", "best"], r".*invalid choice: 'best'.*"),
+    (["--report", "--out", "nowhere"], r"nowhere holds no finished run of lora"),
+    (["--nonsense"], r".*unrecognized arguments: --nonsense"),
+])  # fmt: skip
+def test_bad_input(small, monkeypatch, failure, flags, message):
+    assert re.fullmatch(f"error: {message}", failure(lambda: run(monkeypatch, small, *flags)))
