@@ -660,7 +660,7 @@ def interval(values: list[float]) -> float:
     """Half the width of the 95% interval of the mean, by Student's t distribution, whose density is
     added up from 0 on until it holds half of that."""
     n, step = len(values), 1e-4
-    density = (1 + np.arange(0, 20, step) ** 2 / (n - 1)) ** (-n / 2)
+    density = (1 + np.arange(step / 2, 20, step) ** 2 / (n - 1)) ** (-n / 2)
     density *= math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt(
         (n - 1) * math.pi
     )

@@ -45,8 +45,8 @@ one, as trained gates mostly do: all slots but that layer's own run a second one
 Where precisions differ: in bf16 ours keeps embeddings and norms in float32, theirs does not. For
 GPT-2 peft's LoRA is of rank 2r on q, k and v in one, half of it zeros (`lora.fuse`).
 
-Measured on the CPU (one thread of two shared cores, torch 2.13, transformers 5.23, peft 0.21), three
-rounds, as ratios: median (lowest-highest). The machine was busy, so absolute times are left out.
+Measured on the CPU (one thread of two shared cores, torch 2.13, transformers 5.23, peft 0.21) in
+three rounds, as ratios: median (lowest-highest). The machine was busy: no absolute times.
 
                                             nano/gpt2           SmolLM2-135M        goal
     LoRA over transformers + peft, training 1.34 (1.31-1.34)    1.13 (1.13-1.16)    1.3
