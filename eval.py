@@ -739,8 +739,8 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     """Score a run's best epoch, on the dev set of GLUE or Alpaca or the test set of E2E.
 
     Writes predictions.tsv (not for Alpaca), samples.txt (five outputs beside what is right),
-    routes.json and routes.png (which layer ran where, MoLEx only) and scores.json, by which a run
-    is finished, and returns the scores. What an unfinished run has goes to a folder within it.
+    loss.png, routes.json and routes.png (which layer ran where, MoLEx only) and scores.json, by
+    which a run is finished; returns the scores. An unfinished run's go to a folder within it.
     """
     model, tokenizer, config = load_run(folder, device)
     trained = trained_tensors(model).items()

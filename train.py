@@ -12,8 +12,8 @@
 Every setting has a flag (`--help`); what is not given comes from the paper. A run is a folder,
 runs/<model>-<task>-<method>-s<seed>/: config.json, origin.json (hashes of what was read, versions,
 command, date), metrics.jsonl, adapter.safetensors (the trained tensors of the best epoch), last.pt,
-predictions.tsv, scores.json, samples.txt and, for MoLEx, routes.json and routes.png. The same
-command again resumes a run that was killed or stopped and keeps a finished one.
+predictions.tsv, scores.json, samples.txt, loss.png and, for MoLEx, routes.json and routes.png. The
+same command again resumes a run that was killed or stopped and keeps a finished one.
 """
 
 import argparse
