@@ -32,7 +32,7 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -599,6 +599,8 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
         if rank == 0:
             print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
+            with suppress(InputError), locked(folder):
+                pass  # so goes the lock's file that a kill at the very end has left
             return folder
     train(s, folder, device, fresh)
     if rank == 0:

@@ -368,7 +368,10 @@ def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch,
     scores = out / "nano-gpt2-e2e-lora-s0/scores.json"
     before = scores.stat().st_mtime_ns
     flags = f"--model nano/gpt2 --no-molex --max-steps 8 --test-limit 12 --out {out} --beams"
+    lock = out / ".nano-gpt2-e2e-lora-s0.lock"
+    lock.touch()  # left by a kill after the last file
     run_main(monkeypatch, flags, "3")
+    assert not lock.exists()
     assert "finished before, kept" in capsys.readouterr().out
     assert scores.stat().st_mtime_ns == before
     with pytest.raises(InputError, match="another beams"):
