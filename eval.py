@@ -717,7 +717,8 @@ def read_log(folder: Path, task: str) -> list[dict]:
     log = [check(entry, {key: NUMBER, "step": COUNT, "curve": (list,)}, path) for entry in entries]
     gate = dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
     for point in (point for entry in log for point in entry["curve"]):
-        check(point, {"step": COUNT, "loss_sum": NUMBER} | (gate if "alpha" in point else {}), path)
+        check(point, {"step": COUNT, "loss_sum": NUMBER}, path)
+        check(point, gate if "alpha" in point else {}, path)
     return log
 
 

@@ -492,6 +492,14 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
     assert {n: scores[n] for n in again} == again
 
 
+@pytest.mark.parametrize("point", [3, {"step": 1}, {"step": 1, "loss_sum": 0.5, "alpha": 0.9}])
+def test_a_log_whose_curve_is_damaged_is_refused(tmp_path, point):
+    entry = dict(step=1, dev_loss=0.5, curve=[dict(step=1, loss_sum=0.5), point])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(InputError, match="metrics.jsonl"):
+        evaluation.read_log(tmp_path, "e2e")
+
+
 def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
     losses, seen = iter([2.0, 1.0, 1.5]), []
