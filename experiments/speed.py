@@ -49,18 +49,16 @@ Measured on the CPU (one thread of two shared cores, torch 2.13, transformers 5.
 three rounds, as ratios: median (lowest-highest). The machine was busy: no absolute times.
 
                                             nano/gpt2           SmolLM2-135M        goal
-    LoRA over transformers + peft, training 1.34 (1.31-1.34)    1.13 (1.13-1.16)    1.3
-    MoLEx over LoRA, time of a step         1.90 (1.28-1.92)    1.98 (1.91-2.13)    its FLOP
+    LoRA over transformers + peft, training 1.34 (1.31-1.34)    1.12 (1.11-1.16)    1.3
+    MoLEx over LoRA, time of a step         1.90 (1.28-1.92)    1.95 (1.90-2.69)    its FLOP
     the same, FLOP                          1.81                1.89
-    the same, time of inference             2.08 (2.05-2.10)    2.00 (1.99-2.15)
-    the same, memory                        1.72                1.84                2
-    beam-10 over generate, same batch       3.29 (2.66-3.43)    see below           1.6
-    the same, one prompt at a time          3.83 (3.78-4.87)    see below           3
+    the same, time of inference             2.08 (2.05-2.10)    1.87 (1.41-2.05)
+    the same, memory                        1.72                1.83                2
+    beam-10 over generate, same batch       3.29 (2.66-3.43)    1.75 (1.12-1.86)    1.6
+    the same, one prompt at a time          3.83 (3.78-4.87)    3.54 (3.41-3.76)    3
 
-On SmolLM2 the beam search was 1.43 (1.14-1.70) and 1.67 (0.82-3.95), with a LoRA that was not
-trained, when it still repeated keys and values for each beam. In a run of its own it now takes
-0.561 (0.546-0.575) of the time that it took then; the rows have not been measured anew. LoRA's
-training is bound by products of matrices, of which peft does only 1.15 times as many on SmolLM2.
+SmolLM2 with `--prompts 4 --fit 15`. Its training is bound by products of matrices, of which peft does
+only 1.15 times as many.
 
 CUDA has not been run yet.
 """
