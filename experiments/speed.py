@@ -57,8 +57,8 @@ three rounds, as ratios: median (lowest-highest). The machine was busy: no absol
     beam-10 over generate, same batch       3.29 (2.66-3.43)    1.75 (1.12-1.86)    1.6
     the same, one prompt at a time          3.83 (3.78-4.87)    3.54 (3.41-3.76)    3
 
-SmolLM2 with `--prompts 4 --fit 15`. Its training is bound by products of matrices, of which peft does
-only 1.15 times as many.
+SmolLM2 with `--prompts 4 --fit 15`. Its training is bound by products of matrices, of which peft
+does only 1.15 times as many.
 
 CUDA has not been run yet.
 """
