@@ -341,7 +341,7 @@ def matthews(predictions: list[float], labels: list[float]) -> float:
 
 
 METRICS = {f.__name__: f for f in (accuracy, matthews, pearson)}
-ROWS = {  # what tables show of a task's scores, first what an average takes: name, factor, decimals
+ROWS = {  # what tables show of a task's scores: name, factor, decimals; GLUE's first is averaged
     "e2e": {"bleu": ("BLEU", 100, 2), "nist": ("NIST", 1, 3), "meteor": ("METEOR", 100, 2),
             "rouge_l": ("ROUGE-L", 100, 2), "cider": ("CIDEr", 1, 3),
             "dev_loss": ("best dev loss", 1, 4)},
@@ -797,10 +797,7 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, config: dict, folder
 
 def evaluate_e2e(model: Transformer, tokenizer: Tokenizer, config: dict, folder: Path) -> dict:
     """Decode the test set; predictions.tsv has MR, output."""
-    mrs, references = read_test(config)
-    prompts = [e2e_prompt(mr) for mr in mrs]
-    outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
-    outputs = [clean(" ".join(output.split())) for output in outputs]
+    mrs, outputs, references = decode_test(model, tokenizer, config)
     rows = [f"{mr}\t{output}\n" for mr, output in zip(mrs, outputs, strict=True)]
     write_text(folder / "predictions.tsv", "MR\toutput\n" + "".join(rows))
     write_samples(folder, [*zip(mrs, outputs, (group[0] for group in references), strict=True)])
@@ -822,6 +819,16 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, config: dict, fold
     if isinstance(model.layers, MoLEx):
         model.layers.counts.zero_()  # the routes to look at are those of the whole dev set
     return {"dev_loss": dev_loss(model, dev, config["eval_batch"])}
+
+
+def decode_test(
+    model: Transformer, tokenizer: Tokenizer, config: dict
+) -> tuple[list[str], list[str], list[list[str]]]:
+    """E2E's test MRs, the model's outputs and the references, each output on one line."""
+    mrs, references = read_test(config)
+    prompts = [e2e_prompt(mr) for mr in mrs]
+    outputs = generate(model, tokenizer, prompts, config["eval_batch"], **search_settings(config))
+    return mrs, [clean(" ".join(output.split())) for output in outputs], references
 
 
 def search_settings(config: dict) -> dict[str, float]:

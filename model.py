@@ -237,7 +237,7 @@ class Cache:
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.route: dict[int, list[list[int]]] = {}
         self.real: Tensor | None = None
-        self.length = 0  # of the longest sequence
+        self.length = 0  # of the longest sequence, in tokens; beams side by side count as one
 
     def append(self, key: tuple[int, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
@@ -329,8 +329,8 @@ class Attention(nn.Module):
             q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache.append(key, k, v)
-        # Grouped-query attention: neighbouring heads share a key and a value. CUDA's fast kernels
-        # do not know it together with a mask.
+        # Grouped-query attention: neighbouring heads share a key and a value. On CUDA, says torch's
+        # documentation, only two kernels know it, and the fast one of them takes no mask.
         groups = self.config.n_head // self.config.n_kv_head
         if groups > 1 and x.is_cuda:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -454,8 +454,11 @@ class Transformer(nn.Module):
 
     @property
     def bf16(self) -> bool:
-        """Whether matrix products are in bfloat16: by default on CUDA only."""
-        return self.precision == "bf16" or self.precision is None and self.embed.weight.is_cuda
+        """Whether matrix products are in bfloat16: by default on CUDA only. Raises InputError."""
+        known = {"bf16": True, "float32": False, None: self.embed.weight.is_cuda}
+        if self.precision not in known:
+            raise InputError(f"precision is {self.precision!r}, not bf16 or float32")
+        return known[self.precision]
 
     def hidden(
         self,
@@ -487,16 +490,17 @@ class Transformer(nn.Module):
             raise InputError(
                 f"{length} tokens are more than the {c.max_positions} positions of the model"
             )
-        attention = None if sees is None else sees[:, None]
-        if padded and (N > 1 or past) and sees is None:
+        attention, position = None, seen.cumsum(1)[:, past:]  # (B, N), padding does not count
+        if sees is not None:
+            attention, position = sees[:, None], sees.sum(-1)
+        elif padded and (N > 1 or past):
             attention = seen[:, None, None, :].expand(B, 1, N, past + N)
             if c.family != "roberta":
                 attention = attention & torch.ones_like(attention).tril(past)
             # A padding token sees itself, so that no row of the softmax is empty (NaN).
             itself = torch.eye(N, past + N, dtype=torch.bool, device=ids.device)
             attention = attention | itself.roll(past, dims=1)
-        position = seen.cumsum(1)[:, past:] if sees is None else sees.sum(-1)
-        position = (position - 1).clamp(min=0)  # (B, N), padding does not count
+        position = (position - 1).clamp(min=0)
         rope = rope_angles(c, position) if c.family == "llama" else None
         prompt = real if prompt is None else prompt.bool() & real
         causal = c.family != "roberta" and N > 1
@@ -520,7 +524,9 @@ class Transformer(nn.Module):
             return self.head(h, self.embed.weight)
         return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, *rest, **more) -> Tensor:
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, *rest: object, **more: object
+    ) -> Tensor:
         """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels); see `hidden`."""
         return self.logits(self.hidden(ids, mask, *rest, **more), mask)
 

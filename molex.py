@@ -20,6 +20,7 @@ the only new parameters are the gate's and, if learned, alpha.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -117,8 +118,8 @@ class MoLEx(nn.Module):
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
         self.load_balance: Tensor | None = None
         self.counts = torch.zeros(T, T, dtype=torch.long)
-        # of training, see `summary`: votes, load-balance losses, what each slot chose last
-        self.history: tuple[list, list[Tensor], dict[int, list[int]]] = ([], [], {})
+        self.history: Counter = Counter()  # sums over training, see `summary`
+        self.last: dict[int, list[int]] = {}  # which layers each slot was given last in training
         self.side: torch.cuda.Stream | None = None
 
     def alpha(self, t: int) -> Tensor | float:
@@ -141,12 +142,13 @@ class MoLEx(nn.Module):
         """Of training since the last call, with route="batch": the shares of votes that changed a
         slot's layers and that took its own one, the mean affinity of the chosen layers and the
         load-balance loss; and alpha now, a mean over the slots."""
-        votes, balances, _ = self.history
-        sums = [sum(x) / len(votes) for x in zip(*votes, strict=True)] or [0.0] * 3
-        found = dict(zip(("changed", "own", "affinity"), sums, strict=True))
-        found["balance"] = torch.stack(balances).mean().item() if balances else 0.0
-        votes.clear(), balances.clear()
-        return found | dict(alpha=sum(float(self.alpha(t)) for t in self.slots) / len(self.slots))
+        h = self.history
+        found = {name: h[name] / max(1, h["votes"]) for name in ("changed", "own", "affinity")}
+        found["balance"] = float(h["balance"]) / max(1, h["passes"])
+        h.clear()
+        learned = self.config.learn_alpha
+        found["alpha"] = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
+        return found
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
@@ -158,7 +160,7 @@ class MoLEx(nn.Module):
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
         if self.training:
-            self.history[1].append(self.load_balance.detach())
+            self.history.update(passes=1, balance=self.load_balance.detach())
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -188,7 +190,8 @@ class MoLEx(nn.Module):
             for x in (w, *others.values()):
                 x.record_stream(main)
         u = own - z
-        v = sum(w[..., j, None] * (others[j] - z if j != t else u) for j in chosen)
+        terms = [w[..., j, None] * (others[j] - z if j != t else u) for j in chosen]
+        v = sum(terms[1:], start=terms[0])
         # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
 
@@ -238,10 +241,11 @@ class MoLEx(nn.Module):
             order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
             picks.append(order[: self.config.top_k])
         if self.training and self.config.route == "batch":
-            (votes, _, last), pick = self.history, picks[0]
+            pick = picks[0]
             affinity = sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
-            votes.append((pick != last.get(t, pick), t in pick, affinity))
-            last[t] = pick
+            changed = pick != self.last.get(t, pick)
+            self.history.update(votes=1, changed=changed, own=t in pick, affinity=affinity)
+            self.last[t] = pick
         chosen = torch.tensor(picks).flatten().bincount(minlength=T)
         self.counts[t] += chosen * (len(log_a) // len(tally))
         if ctx.cache is not None:

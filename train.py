@@ -501,7 +501,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         step, seconds, log = state["step"], state["seconds"], state["log"]
         loss_sum, curve = state["loss_sum"], state["curve"]
         if s.molex:
-            model.layers.history = state["history"]
+            model.layers.history.update(state["history"])
+            model.layers.last.update(state["last"])
         if rank == 0:  # the other processes go on with dropout of their own
             for n in differences(then["versions"], made["versions"]):
                 print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
@@ -532,7 +533,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
             schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
             rng=torch.get_rng_state(), origin=made, curve=curve,
-            history=model.layers.history if s.molex else None,
+            history=dict(model.layers.history) if s.molex else None,
+            last=model.layers.last if s.molex else None,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
         write_atomic(last, lambda path: torch.save(state, path))
@@ -564,8 +566,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             if rank == 0:
                 found = dev_scores(model, dev, s)
                 entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
-                             seconds_per_step=seconds / step, examples=counts)  # fmt: skip
-                entry["curve"] = curve
+                             seconds_per_step=seconds / step, examples=counts,
+                             curve=curve)  # fmt: skip
                 entries = [*log, entry]
                 if entry is best_epoch(entries, s.task):
                     best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
@@ -661,11 +663,9 @@ def spread(values: list[float], factor: float, decimals: int) -> str:
 def interval(values: list[float]) -> float:
     """Half the width of the 95% interval of the mean, by Student's t distribution, whose density is
     added up from 0 on until it holds half of that."""
-    n, step = len(values), 1e-4
-    density = (1 + np.arange(step / 2, 20, step) ** 2 / (n - 1)) ** (-n / 2)
-    density *= math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt(
-        (n - 1) * math.pi
-    )
+    n, free, step = len(values), len(values) - 1, 1e-4
+    scale = math.exp(math.lgamma(n / 2) - math.lgamma(free / 2)) / math.sqrt(free * math.pi)
+    density = scale * (1 + np.arange(step / 2, 20, step) ** 2 / free) ** (-n / 2)
     t = step * (density.cumsum() * step).searchsorted(0.475)
     return float(t) * statistics.stdev(values) / math.sqrt(n)
 

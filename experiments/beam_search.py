@@ -34,17 +34,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data import clean, e2e_prompt, encode_prompt
 from eval import (
     Parser,
     at_least,
     command_line,
+    decode_test,
     e2e_scores,
-    generate,
     load_run,
     pick_device,
-    read_test,
-    search_settings,
 )
 from lora import merge
 from model import InputError
@@ -58,15 +55,13 @@ def compare(folder: Path, limit: int | None, device: torch.device) -> None:
     if config["task"] != "e2e":
         raise InputError(f"{folder} is a run on {config['task']}; give runs on e2e")
     merge(model)
-    mrs, references = (items[:limit] for items in read_test(config))
-    prompts = [encode_prompt(tokenizer, e2e_prompt(mr)) for mr in mrs]
-    ours, theirs = (
-        generate(model, tokenizer, prompts, 1, **search_settings(config | dict(beam_rule=rule)))
+    limits = [n for n in (limit, config["test_limit"]) if n]
+    config |= dict(eval_batch=1, test_limit=min(limits, default=None))
+    (_, ours, references), (_, theirs, _) = (
+        decode_test(model, tokenizer, config | dict(beam_rule=rule))
         for rule in ("transformers", "lora")
     )
-    ours, theirs = ([clean(" ".join(text.split())) for text in texts] for texts in (ours, theirs))
-
-    differ, n = sum(a != b for a, b in zip(ours, theirs, strict=True)), len(mrs)
+    differ, n = sum(a != b for a, b in zip(ours, theirs, strict=True)), len(ours)
     rows = {"ours": e2e_scores(ours, references), "LoRA code's": e2e_scores(theirs, references)}
     rows["difference"] = {k: v - rows["ours"][k] for k, v in rows["LoRA code's"].items()}
     print(f"\n{folder.name}: {differ} of {n} outputs differ ({100 * differ / n:.1f}%)")

@@ -70,19 +70,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data import GLUE, Example, Tokenizer, clean, e2e_prompt
+from data import GLUE, Example, Tokenizer
 from eval import (
     Parser,
     bleu,
     command_line,
-    generate,
+    decode_test,
     load_run,
     locked,
     pick_device,
     read_log,
     read_run,
-    read_test,
-    search_settings,
     trained_tensors,
     write_atomic,
     write_text,
@@ -200,10 +198,7 @@ def score(
         found["own"] = 100 * (layers.counts.trace() / layers.counts.sum()).item()
     if s.task == "e2e":
         merge(model)
-        mrs, references = read_test(asdict(s))
-        prompts, how = [e2e_prompt(mr) for mr in mrs], search_settings(asdict(s))
-        outputs = generate(model, tokenizer, prompts, s.eval_batch, **how)
-        found["bleu"] = bleu([clean(" ".join(o.split())) for o in outputs], references)
+        found["bleu"] = bleu(*decode_test(model, tokenizer, asdict(s))[1:])
     return found
 
 

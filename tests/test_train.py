@@ -200,6 +200,13 @@ def test_bf16_rounds_the_products_and_nothing_that_is_trained(molex):
             assert torch.cosine_similarity(*both, dim=0) > 0.95, n
 
 
+def test_an_unknown_precision_is_not_taken_for_float32():
+    model, tokenizer = prepare(settings(molex=False), CPU)
+    model.precision = "fp16"
+    with pytest.raises(InputError, match="precision is 'fp16', not bf16 or float32"):
+        train.dev_loss(model, some_examples(tokenizer), 4)
+
+
 def test_micro_batches_add_up_to_the_batch():
     after = []
     for accumulate in (1, 3):
