@@ -493,6 +493,9 @@ def shuffled_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+NO_TARGET = -100  # which F.cross_entropy leaves out
+
+
 @dataclass
 class Batch:
     """B sequences padded on the right to N tokens, with M targets."""
@@ -508,12 +511,13 @@ class Batch:
         return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Pad on the right. `where` is computed here, on the CPU, so that the loss needs no search for
-    its targets on the device. With no examples at all (a rank whose share of a batch is empty):
-    one sequence of padding, which neither votes nor counts."""
+def collate(examples: list[Example], multiple: int = 1) -> Batch:
+    """Pad on the right: N to a `multiple`, the M of answers to four times that, with NO_TARGET.
+    `where` is computed here, on the CPU, so that the loss needs no search for its targets on the
+    device. With no examples at all (a rank whose share of a batch is empty): one sequence of
+    padding, which neither votes nor counts."""
     examples = examples or [Example([], [])]
-    N = max(1, max(len(e) for e in examples))
+    N = -(-max(1, *(len(e) for e in examples)) // multiple) * multiple
     ids = torch.zeros(len(examples), N, dtype=torch.long)
     mask, prompt = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     where, target = [], []  # of tokens, or of labels
@@ -527,6 +531,8 @@ def collate(examples: list[Example]) -> Batch:
         else:
             where.append(i)
             target.append(e.label)
+    more = -len(target) % (4 * multiple) if multiple > 1 and examples[0].label is None else 0
+    where, target = where + more * [0], target + more * [NO_TARGET]
     kind = torch.float32 if any(isinstance(y, float) for y in target) else torch.long
     return Batch(ids, mask, prompt, torch.tensor(where).long(), torch.tensor(target, dtype=kind))
 

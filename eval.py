@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from data import (
     GLUE,
+    Batch,
     Example,
     Tokenizer,
     clean,
@@ -394,11 +395,11 @@ def glue_scores(
 # --------------------------------------------------------------------------------------------- loss
 
 
-def summed_loss(model: Transformer, examples: list[Example], smoothing: float) -> Tensor:
+def summed_loss(model: Transformer, batch: list[Example] | Batch, smoothing: float) -> Tensor:
     """The loss that training lowers, summed over all targets: cross-entropy of the answers' tokens
     (logits are computed for those alone) or of the labels; squared error of scores."""
-    device = model.embed.weight.device
-    batch = collate(examples).to(device)
+    if not isinstance(batch, Batch):
+        batch = collate(batch).to(model.embed.weight.device)
     with autocast(model):
         if isinstance(model.head, ClassificationHead):
             logits = model(batch.ids, batch.mask)[batch.where].float()

@@ -229,17 +229,17 @@ class Cache:
     """Keys and values of the tokens seen so far, one pair per (slot t, layer that runs there).
 
     In a plain transformer layer t runs in slot t; in MoLEx other layers run there as well. `route`
-    is where molex.py keeps the layers it chose for each slot, one list for the batch or one per
+    is where molex.py keeps the layers it chose for each slot, a row for the batch or one for each
     sequence. `real` marks the tokens (B, S) that are not padding.
     """
 
     def __init__(self) -> None:
-        self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.route: dict[int, list[list[int]]] = {}
+        self.kv: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.route: dict[int, Tensor] = {}
         self.real: Tensor | None = None
         self.length = 0  # of the longest sequence, in tokens; beams side by side count as one
 
-    def append(self, key: tuple[int, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, key: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
         S = self.real.shape[1]
         kept = self.kv.get(key, (k[:, :, :0], v[:, :, :0]))
@@ -255,7 +255,7 @@ class Cache:
         self.real = self.real[index]
         for t, picks in self.route.items():
             if len(picks) > 1:
-                self.route[t] = [picks[i] for i in index.tolist()]
+                self.route[t] = picks[index]
         for key, (k, v) in self.kv.items():
             self.kv[key] = k[index], v[index]
 
@@ -318,7 +318,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.bias)
         self.o = nn.Linear(c.n_head * c.d_head, c.d_model, bias=c.bias)
 
-    def forward(self, x: Tensor, ctx: Context, key: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, key: tuple) -> Tensor:
         B, N, _ = x.shape
         # (B, N, heads * d) -> (B, heads, N, d)
         q, k, v = (p(x).view(B, N, -1, self.config.d_head).transpose(1, 2)
@@ -361,16 +361,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, z -> z + u_j(z). Attention, then MLP, each with its residual and its norm."""
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.index, self.post_norm, self.dropout = index, config.family == "roberta", config.dropout
+        self.post_norm, self.dropout = config.family == "roberta", config.dropout
         self.norm1, self.attn = norm(config), Attention(config)
         self.norm2, self.mlp = norm(config), MLP(config)
 
-    def forward(self, z: Tensor, ctx: Context, slot: int) -> Tensor:
-        """(B, N, D) -> (B, N, D). `slot` is where in the stack the layer runs: its own index in a
-        plain transformer, any other in MoLEx."""
-        key = (slot, self.index)
+    def forward(self, z: Tensor, ctx: Context, key: tuple) -> Tensor:
+        """(B, N, D) -> (B, N, D). `key` is the cache's: (slot in the stack, layer that runs)."""
         drop = lambda x: F.dropout(x, self.dropout, self.training)  # noqa: E731
         if self.post_norm:
             z = self.norm1(z + drop(self.attn(z, ctx, key)))
@@ -384,11 +382,11 @@ class Layers(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         for t, block in enumerate(self.blocks):
-            z = block(z, ctx, slot=t)
+            z = block(z, ctx, (t, t))
         return z
 
 

@@ -17,16 +17,21 @@ the only new parameters are the gate's and, if learned, alpha.
   read, and at generation they do not exist yet. The decision is then held while the answer is
   written, which keeps the key/value cache exact: one per (slot, layer that runs there).
 - alpha = 1, or a gate that picks layer t in slot t, gives back the LoRA model bit for bit.
+
+Who starts the chosen layer? The CPU, which has to wait for the gate's vote in every slot; or, with
+on_device, the GPU: the weights of all layers lie in one matrix, a row each, and the vote is an
+index into it that the CPU never reads. So a step never waits, and can be a CUDA graph.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from model import Context, InputError, Transformer
 
@@ -52,6 +57,7 @@ class MoLExConfig:
                                "renormalised", "prob")  # fmt: skip
     route: str = setting("batch", "who decides on the layers", "batch", "sequence")
     layers: tuple[int, ...] | None = setting(None, "slots that mix, first-last; E2E: the first 12")
+    on_device: bool = setting(False, "chosen layers by an index that the CPU never reads, for CUDA")
 
     def check(self, T: int) -> None:
         """Raise InputError unless this fits a model of T layers."""
@@ -67,6 +73,8 @@ class MoLExConfig:
         inside = 0 < self.alpha < 1 if self.learn_alpha else 0 <= self.alpha <= 1
         if not inside:
             raise InputError(f"alpha is {self.alpha}, not between 0 and 1")
+        if self.on_device and self.route != "batch":
+            raise InputError("on-device needs one choice for the batch, not --route sequence")
 
 
 class LinearGate(nn.Linear):
@@ -117,10 +125,14 @@ class MoLEx(nn.Module):
             start = math.log(config.alpha / (1 - config.alpha))
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
         self.load_balance: Tensor | None = None
-        self.counts = torch.zeros(T, T, dtype=torch.long)
-        self.history: Counter = Counter()  # sums over training, see `summary`
-        self.last: dict[int, list[int]] = {}  # which layers each slot was given last in training
+        self.bank: list[tuple[dict[str, torch.Size], Tensor]] = []  # of one pass, see `stack`
         self.side: torch.cuda.Stream | None = None
+        for name, start in dict(
+            counts=torch.zeros(T, T, dtype=torch.long),
+            last=torch.full((T, config.top_k), -1),  # what each slot was given last in training
+            sums=torch.zeros(6, dtype=torch.float64),  # over training, see `summary`
+        ).items():
+            self.register_buffer(name, start, persistent=False)
 
     def alpha(self, t: int) -> Tensor | float:
         """The share of the slot's own layer."""
@@ -135,65 +147,96 @@ class MoLEx(nn.Module):
     def shares(self) -> Tensor:
         """For how many of the sequences, in %, layer j was chosen in slot t: (T, T), rows t. K = 2
         adds up to 200; a slot that does not mix chooses none."""
-        return 100 * self.config.top_k * self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        counts = self.counts.cpu()
+        return 100 * self.config.top_k * counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
         """Of training since the last call, with route="batch": the shares of votes that changed a
         slot's layers and that took its own one, the mean affinity of the chosen layers and the
         load-balance loss; and alpha now, a mean over the slots."""
-        h = self.history
-        found = {name: h[name] / max(1, h["votes"]) for name in ("changed", "own", "affinity")}
-        found["balance"] = float(h["balance"]) / max(1, h["passes"])
-        h.clear()
+        votes, changed, own, affinity, passes, balance = self.sums.tolist()
+        self.sums.zero_()
+        found = {
+            n: x / max(1, votes)
+            for n, x in zip(("changed", "own", "affinity"), (changed, own, affinity), strict=True)
+        }
         learned = self.config.learn_alpha
-        found["alpha"] = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
-        return found
+        alpha = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
+        return found | dict(balance=balance / max(1, passes), alpha=alpha)
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
+        self.bank = self.stack() if self.config.on_device else []
         if z.is_cuda:
             self.side = self.side or torch.cuda.Stream(z.device)
-            for x in (ctx.real, ctx.prompt, ctx.mask, *(ctx.rope or ())):
+            shared = (ctx.real, ctx.prompt, ctx.mask, *(ctx.rope or ()), *(m for _, m in self.bank))
+            for x in shared:
                 if x is not None:  # not to be reused before both streams are done with it
                     x.record_stream(self.side)
         for t, block in enumerate(self.blocks):
-            z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, slot=t)
+            z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
+        self.bank = []
         if self.training:
-            self.history.update(passes=1, balance=self.load_balance.detach())
+            self.sums[4:] += torch.stack([z.new_ones(()), self.load_balance.detach()])
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
         """One slot of Eq. 4, (B, N, D) -> (B, N, D).
 
         On CUDA the slot's own layer runs on the current stream while the gate and the layers it
-        chooses run on a second one. Their names have to reach the CPU, which starts them, but that
-        waits for the second stream alone. On the CPU one runs after the other. If each sequence
-        chooses, a layer that any of them chose runs for all, with weight zero for the others.
+        chooses run on a second one. Unless on_device, their numbers have to reach the CPU, which
+        starts them, but that waits for the second stream alone. On the CPU one runs after the
+        other, the slot's own one once. If each sequence chooses, a layer that any of them chose
+        runs for all, with weight zero for the others.
         """
         if z.is_cuda:
             main = torch.cuda.current_stream(z.device)
             self.side.wait_stream(main)
             z.record_stream(self.side)
-        own = self.blocks[t](z, ctx, slot=t)
+        own = self.blocks[t](z, ctx, (t, t))
         with torch.cuda.stream(self.side if z.is_cuda else None):  # None: no change of stream
             log_a = self.log_affinity(t, z)
-            best = log_a.argmax(-1)
+            best = log_a.argmax(-1, keepdim=True) == torch.arange(len(self.blocks), device=z.device)
             if self.training:
                 self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
             picks = self.choose(t, log_a, best, ctx)
             w = self.weights(log_a, picks)
-            chosen = sorted({j for pick in picks for j in pick})
-            others = {j: self.blocks[j](z, ctx, slot=t) for j in chosen if j != t}
+            if self.config.on_device:
+                others = [(w_k, self.borrow(picks[0, k : k + 1], z, ctx, (t, f"pick {k}")))
+                          for k, w_k in enumerate(w.split(1, dim=-1))]  # fmt: skip
+            else:
+                others = [((w * (picks == j)[:, None]).sum(-1, keepdim=True),
+                           self.blocks[j](z, ctx, (t, j)) if j != t else None)
+                          for j in sorted({*picks.flatten().tolist()})]  # fmt: skip
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in (w, *others.values()):
+            for x in (x for pair in others for x in pair if x is not None):
                 x.record_stream(main)
         u = own - z
-        terms = [w[..., j, None] * (others[j] - z if j != t else u) for j in chosen]
+        terms = [w_j * (u if other is None else other - z) for w_j, other in others]
         v = sum(terms[1:], start=terms[0])
         # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
+
+    def stack(self) -> list[tuple[dict[str, torch.Size], Tensor]]:
+        """The weights of the layers as matrices (T, weights of a layer), a row for each layer; one
+        matrix for each dtype, trained or not, with the names and shapes of what a row holds."""
+        groups = defaultdict(dict)
+        for name, p in self.blocks[0].named_parameters():
+            groups[p.dtype, p.requires_grad][name] = p.shape
+        return [(shapes, torch.cat([block.get_parameter(name).flatten() for block in self.blocks
+                                    for name in shapes]).view(len(self.blocks), -1))
+                for shapes in groups.values()]  # fmt: skip
+
+    def borrow(self, j: Tensor, z: Tensor, ctx: Context, key: tuple) -> Tensor:
+        """Layer j, a number (1,) that only the device knows: any block with the weights in row j.
+        In training its dropout is not that of the slot's own layer, even if it is that layer."""
+        weights = {}
+        for shapes, matrix in self.bank:
+            row = matrix.index_select(0, j)[0].split([shape.numel() for shape in shapes.values()])
+            weights |= {name: x.view(shapes[name]) for name, x in zip(shapes, row, strict=True)}
+        return functional_call(self.blocks[0], weights, (z, ctx, key))
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
         """log a_nj, how much each token would have each layer: (B, N, D) -> (B, N, T).
@@ -210,15 +253,14 @@ class MoLEx(nn.Module):
     def balance(self, log_a: Tensor, best: Tensor, real: Tensor) -> Tensor:
         """Load-balance loss of one slot, T sum_j f_j P_j over real tokens: f_j is the share of
         tokens whose best layer is j, P_j its mean share of the affinity (a sigmoid's does not add
-        up to 1). 1 where all layers fare alike."""
-        T = log_a.shape[-1]
-        f = sum_over_ranks((F.one_hot(best, T) * real[..., None]).sum((0, 1)).to(log_a.dtype))
+        up to 1). 1 where all layers fare alike. `best` (B, N, T) is true for a token's best."""
+        f = sum_over_ranks((best & real[..., None]).sum((0, 1)).to(log_a.dtype))
         tokens = f.sum()
         P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
-        return T * (f / tokens * P).sum() / len(self.slots)
+        return len(f) * (f / tokens * P).sum() / len(self.slots)
 
-    def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
-        """The K layers that join slot t: one list for the batch, or one for each sequence.
+    def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> Tensor:
+        """The K layers that join slot t: (1, K) for the batch, or (B, K) for each sequence.
 
         Batch aggregation (appendix B.1): "mean" takes the layers of highest mean affinity; in
         "mode" every token votes for its best layer, ties go to the higher mean affinity; then to
@@ -226,34 +268,34 @@ class MoLEx(nn.Module):
         """
         if ctx.cache is not None and t in ctx.cache.route:
             return ctx.cache.route[t]
-        T, voter = log_a.shape[-1], ctx.prompt[..., None]
-        votes = (F.one_hot(best, T) * voter).sum(1).double()  # (B, T)
+        voter = ctx.prompt[..., None]
         # in float64, where the order of summation (padding, ranks) does not turn a vote
-        means = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
-        tally = torch.stack([votes, means], dim=1)
+        sums = [(x * voter).sum(1, dtype=torch.float64) for x in (best, log_a.detach().exp())]
+        tally = torch.stack(sums)  # (2, B, T): votes and affinities
         if self.config.route == "batch":
-            tally = tally.sum(0, keepdim=True)
+            tally = tally.sum(1, keepdim=True)
             if self.training:
                 tally = sum_over_ranks(tally)
-        picks = []
-        for vote, mean in tally.tolist():
-            score = mean if self.config.vote == "mean" else list(zip(vote, mean, strict=True))
-            order = sorted(range(T), key=score.__getitem__, reverse=True)  # stable: lower first
-            picks.append(order[: self.config.top_k])
+        votes, affinity = tally
+        order = affinity.argsort(descending=True, stable=True)  # stable: the lower index first
+        if self.config.vote == "mode":
+            by_votes = votes.gather(1, order).argsort(descending=True, stable=True)
+            order = order.gather(1, by_votes)
+        picks = order[:, : self.config.top_k]
         if self.training and self.config.route == "batch":
-            pick = picks[0]
-            affinity = sum(mean[j] for j in pick) / len(pick) / max(1.0, sum(vote))
-            changed = pick != self.last.get(t, pick)
-            self.history.update(votes=1, changed=changed, own=t in pick, affinity=affinity)
+            pick, before = picks[0], self.last[t].clone()
+            mean = affinity[0, pick].mean() / votes.sum().clamp(min=1)
+            changed = ((pick != before) & (before >= 0)).any()
+            self.sums[:4] += torch.stack([torch.ones_like(mean), changed, (pick == t).any(), mean])
             self.last[t] = pick
-        chosen = torch.tensor(picks).flatten().bincount(minlength=T)
-        self.counts[t] += chosen * (len(log_a) // len(tally))
+        each = (picks[..., None] == torch.arange(len(order[0]), device=order.device)).sum((0, 1))
+        self.counts[t] += each * (len(log_a) // len(picks))
         if ctx.cache is not None:
             ctx.cache.route[t] = picks
         return picks
 
-    def weights(self, log_a: Tensor, picks: list[list[int]]) -> Tensor:
-        """w_nj, (B, N, T), zero where layer j was not chosen. Two readings of the paper:
+    def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
+        """w_nj of the chosen layers, (B, N, K). Two readings of the paper:
 
         renormalised (Eq. 4, softmax after TopK): a_nj over the sum of the chosen a_n. For K = 1
             that is 1, whatever the gate says, and the task could not teach it; so the gradient
@@ -261,17 +303,11 @@ class MoLEx(nn.Module):
         prob (appendix B, read as in the Switch Transformer): a_nj itself. The task teaches the
             gate, and the second update is the smaller the less sure the gate is.
         """
-        # not blocking: where the cache holds the route, nothing else would make the CPU wait
-        index = torch.tensor(picks).to(log_a.device, non_blocking=True)
-        index = index[:, None].expand(*log_a.shape[:2], -1)
-        kept = log_a.gather(-1, index)  # (B, N, K)
+        kept = log_a.gather(-1, picks[:, None].expand(*log_a.shape[:2], -1))
         if self.config.gate_weight == "prob":
-            w = kept.exp()
-        else:
-            w = kept.softmax(-1)
-            if self.config.top_k == 1:
-                w = w + (kept.exp() - kept.exp().detach())
-        return torch.zeros_like(log_a).scatter(-1, index, w)
+            return kept.exp()
+        w = kept.softmax(-1)
+        return w + (kept.exp() - kept.exp().detach()) if self.config.top_k == 1 else w
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:

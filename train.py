@@ -32,6 +32,7 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -46,8 +47,11 @@ from tqdm import tqdm
 
 from data import (
     GLUE,
+    NO_TARGET,
+    Batch,
     Example,
     Tokenizer,
+    collate,
     data_files,
     is_tokenized,
     read_e2e,
@@ -140,6 +144,8 @@ class Settings:
         "transformers", "whose beam search, see eval.py", "transformers", "lora"
     )
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
+    compile: bool = setting(False, "torch.compile of each layer; no gain on a CPU")
+    cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
     eval_batch: int = setting(16, "sequences evaluated together")
     test_limit: int | None = setting(None, "decode only so many MRs of the test set")
 
@@ -332,20 +338,23 @@ def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -
 
 
 def train_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, examples: list[Example], s: Settings
-) -> Tensor:
+    model: Transformer, optimizer: torch.optim.Optimizer, examples: list[Example] | Batch,
+    s: Settings,
+) -> Tensor:  # fmt: skip
     """One optimizer step on one batch; returns its loss (a tensor, so that nothing waits for it).
 
     Every process gets the whole batch and takes every n-th sequence. The loss is a mean over all
     targets of the batch, whatever the micro-batches and processes it is spread over.
     """
-    rank, processes = world()
-    size = -(-len(examples) // s.accumulate)
-    micros = [examples[i : i + size] for i in range(0, len(examples), size)]
-    targets = sum(e.targets for e in examples)
+    if isinstance(examples, Batch):
+        micros, targets = [examples], (examples.target != NO_TARGET).sum()
+    else:
+        (rank, processes), size = world(), -(-len(examples) // s.accumulate)
+        micros = [examples[i : i + size][rank::processes] for i in range(0, len(examples), size)]
+        targets = sum(e.targets for e in examples)
     total = torch.zeros((), device=model.embed.weight.device)
     for micro in micros:
-        loss = summed_loss(model, micro[rank::processes], s.label_smoothing) / targets
+        loss = summed_loss(model, micro, s.label_smoothing) / targets
         total += loss.detach()
         if s.molex and s.load_balance:
             loss = loss + s.load_balance * model.layers.load_balance / len(micros)
@@ -357,6 +366,48 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return total
+
+
+class GraphedStep:
+    """`train_step` as CUDA graphs, one for each shape of a batch: a step is one launch, not
+    thousands. Lengths are rounded up, so that shapes are few. The first batch of a shape runs as it
+    is, and what is made lazily is made; the second is captured.
+    """
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, s: Settings) -> None:
+        self.model, self.optimizer, self.s = model, optimizer, s
+        self.device, self.steps, self.pool = model.embed.weight.device, {}, None
+
+    def __call__(self, examples: list[Example]) -> Tensor:
+        if not self.steps:  # a graph reads the rate from where the schedule writes it
+            for group in self.optimizer.param_groups:
+                rate = torch.as_tensor(group["lr"], device=self.device)
+                group |= dict(capturable=self.device.type == "cuda", lr=rate)
+        batch = collate(examples, multiple=16)
+        shape = tuple(x.shape for x in vars(batch).values())
+        if shape not in self.steps:
+            self.steps[shape] = None
+            return train_step(self.model, self.optimizer, batch.to(self.device), self.s)
+        if self.steps[shape] is None:
+            fixed = batch.to(self.device)
+            self.steps[shape] = fixed, self.capture(fixed)
+        fixed, replay = self.steps[shape]
+        for x, new in zip(vars(fixed).values(), vars(batch).values(), strict=True):
+            x.copy_(new)
+        return replay()
+
+    def capture(self, batch: Batch) -> Callable[[], Tensor]:
+        """A step on what `batch` will hold, as a function that launches it."""
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = train_step(self.model, self.optimizer, batch, self.s)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss.clone()
+
+        return replay
 
 
 @torch.no_grad()
@@ -380,7 +431,12 @@ def start_from(model: Transformer, path: Path) -> str:
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model to train. The LoRA and a head start the same with and without MoLEx."""
+    """The model to train. The LoRA and a head start the same with and without MoLEx. Raises
+    InputError if its steps cannot be CUDA graphs and are to be."""
+    alone = device.type == "cuda" and s.accumulate == world()[1] == 1
+    if s.cuda_graphs and not (alone and (s.molex is None or s.molex.on_device)):
+        raise InputError("--cuda-graphs needs a GPU, one process, --accumulate 1 and, with MoLEx,"
+                         " --on-device")  # fmt: skip
     torch.manual_seed(s.seed)
     model, tokenizer = build(asdict(s), device)
     if s.init:
@@ -388,6 +444,8 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
         if world()[0] == 0:
             print(f"{s.name} starts from {s.init}: {took}")
     cast_frozen(model)
+    for block in model.layers.blocks if s.compile else ():
+        block.compile(dynamic=True)
     torch.manual_seed(s.seed + world()[0])  # dropout
     return model.train(), tokenizer
 
@@ -481,6 +539,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
     per_epoch = -(-len(examples) // batch_size)
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
+    graphed = GraphedStep(model, optimizer, s) if s.cuda_graphs else None
     tensors, made = trained_tensors(model), origin(s)
 
     step, seconds, log, loss_sum = 0, 0.0, [], 0.0
@@ -501,8 +560,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         step, seconds, log = state["step"], state["seconds"], state["log"]
         loss_sum, curve = state["loss_sum"], state["curve"]
         if s.molex:
-            model.layers.history.update(state["history"])
-            model.layers.last.update(state["last"])
+            for name in ("sums", "last"):
+                getattr(model.layers, name).copy_(state[name])
         if rank == 0:  # the other processes go on with dropout of their own
             for n in differences(then["versions"], made["versions"]):
                 print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
@@ -533,7 +592,7 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
             schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
             rng=torch.get_rng_state(), origin=made, curve=curve,
-            history=dict(model.layers.history) if s.molex else None,
+            sums=model.layers.sums if s.molex else None,
             last=model.layers.last if s.molex else None,
             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         )  # fmt: skip
@@ -547,9 +606,11 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             place = step - epoch * per_epoch
             if not place:
                 loss_sum, curve = 0.0, []
-            for batch in batches[place : place + steps - step]:
+            for indices in batches[place : place + steps - step]:
+                batch = [examples[i] for i in indices]
                 with uninterrupted():
-                    losses.append(train_step(model, optimizer, [examples[i] for i in batch], s))
+                    losses.append(graphed(batch) if graphed
+                                  else train_step(model, optimizer, batch, s))  # fmt: skip
                     schedule.step()
                     step, place = step + 1, place + 1
                     bar.update()

@@ -69,11 +69,11 @@ class FixedRoute(MoLEx):
         super().__init__(blocks, d_model, MoLExConfig())
         self.route = route
 
-    def log_affinity(self, t: int, z: Tensor) -> Tensor:
-        return self.gates[self.copy(t)](z).log_softmax(-1)  # autocast does not know the meta device
-
-    def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
-        return [[self.route[t]]]
+    def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
+        self.gates[self.copy(t)](z)  # its FLOP count
+        own, j = self.blocks[t](z, ctx, (t, t)), self.route[t]
+        other = self.blocks[j](z, ctx, (t, j)) if j != t else own
+        return own + (1 - self.alpha(t)) * (other - own)
 
 
 def count(config: Config, tokens: int, route: list[int] | None) -> tuple[int, int, int]:

@@ -67,12 +67,12 @@ def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tens
     def store(t: int, z: Tensor) -> None:  # `rows` and `mask` are those of the batch at hand
         out[rows, t] = ((z * mask[..., None]).sum(1) / mask.sum(1)[:, None]).float().cpu()
 
-    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        t = kwargs["slot"]  # what enters slot t is the state after slot t - 1, in MoLEx as well
-        if block.index == t > 0:
-            store(t - 1, args[0])
+    def before(block: nn.Module, args: tuple) -> None:
+        z, _, (t, j) = args  # what enters slot t is the state after slot t - 1, in MoLEx as well
+        if j == t > 0:
+            store(t - 1, z)
 
-    hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in layers.blocks]
+    hooks = [b.register_forward_pre_hook(before) for b in layers.blocks]
     hooks.append(layers.register_forward_hook(lambda m, args, z: store(len(m.blocks) - 1, z)))
     with autocast(model):
         for i in tqdm(range(0, len(order), 64), "states", leave=False):

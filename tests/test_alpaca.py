@@ -395,7 +395,7 @@ def test_only_the_instruction_votes(checkpoint, monkeypatch):
 
     def spy(t, log_a, best, ctx):
         picks = choose(t, log_a, best, ctx)
-        voters.append((ctx.prompt, picks))
+        voters.append((ctx.prompt, picks.tolist()))
         return picks
 
     monkeypatch.setattr(model.layers, "choose", spy)

@@ -74,9 +74,8 @@ def evaluated(folder: Path, monkeypatch) -> Tensor:
         new = ctx.cache is None if config["task"] != "e2e" else t not in ctx.cache.route
         picks = choose(self, t, log_a, best, ctx)
         if new:
-            each = picks if len(picks) > 1 else picks * len(log_a)
             count[0] += len(log_a) * (t == self.slots[0])
-            for j in (j for pick in each for j in pick):
+            for j in picks.expand(len(log_a), -1).flatten():
                 made[t, j] += 1
         return picks
 

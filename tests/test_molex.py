@@ -11,18 +11,23 @@ several processes, CUDA's two streams.
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import train
+from data import Example
 from lora import add_lora, loras
 from model import Cache, Config, Context, InputError, Transformer, rope_angles
 from molex import CosineGate, LinearGate, MoLExConfig, upcycle
 
 FAMILIES = ("gpt2", "llama", "roberta")
+ROUTES = ("batch", "on device", "sequence")
 VOCAB = 31
 # Token ids, and how many of them are the prompt.
 SEQUENCES = [
@@ -50,7 +55,9 @@ def lora_model(family: str, T: int = 4, d_model: int = 16) -> Transformer:
 
 def molex_model(family: str, T: int = 4, d_model: int = 16, **options) -> Transformer:
     """The same after upcycling, with a gate so decisive that routes differ between slots and
-    sequences, and every gate and alpha its own."""
+    sequences, and every gate and alpha its own. route="on device" is "batch" with on_device."""
+    if options.get("route") == "on device":
+        options |= dict(route="batch", on_device=True)
     model = upcycle(lora_model(family, T, d_model), MoLExConfig(proj_dim=5, **options))
     with torch.no_grad():
         for gate in model.layers.gates:
@@ -82,10 +89,7 @@ class Spy:
 
     def __enter__(self) -> "Spy":
         self.molex.choose = self.note_choice
-        self.hooks = [
-            block.register_forward_pre_hook(self.note_run, with_kwargs=True)
-            for block in self.molex.blocks
-        ]
+        self.hooks = [block.register_forward_pre_hook(self.note_run) for block in self.molex.blocks]
         return self
 
     def __exit__(self, *_) -> None:
@@ -93,13 +97,13 @@ class Spy:
         for hook in self.hooks:
             hook.remove()
 
-    def note_choice(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> list[list[int]]:
+    def note_choice(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> Tensor:
         picks = self.choose(t, log_a, best, ctx)
-        self.routes[t] = picks if len(picks) > 1 else picks * len(log_a)
+        self.routes[t] = picks.expand(len(log_a), -1).tolist()
         return picks
 
-    def note_run(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.runs.append((kwargs["slot"], block.index, len(args[0])))
+    def note_run(self, block: nn.Module, args: tuple) -> None:
+        self.runs.append((*args[2], len(args[0])))
 
 
 def pad(sequences: list, left: bool = False, extra: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,8 +178,8 @@ def by_hand(model: Transformer, sequences: list):
     for t in range(T):
         # update[j][i]: u_j of sequence i
         update = [
-            [block(z[None], x, slot=t)[0] - z for z, x in zip(zs, contexts, strict=True)]
-            for block in molex.blocks
+            [block(z[None], x, (t, j))[0] - z for z, x in zip(zs, contexts, strict=True)]
+            for j, block in enumerate(molex.blocks)
         ]
         if t not in mixing:
             zs = [z + u for z, u in zip(zs, update[t], strict=True)]
@@ -224,7 +228,7 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("vote", ["mode", "mean"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gate", ["linear", "cosine"])
@@ -280,7 +284,7 @@ def assert_is_lora(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("gate", ["linear", "cosine"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alpha_1_is_lora_bit_for_bit(family, gate, route, top_k):
@@ -298,6 +302,10 @@ def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_
     gate_to(model, [[sure * (j == t) for j in range(4)] for t in range(4)])
     assert_is_lora(model)
     assert torch.equal(model.layers.counts, 3 * torch.eye(4).long())
+    ids, mask, prompt = pad(SEQUENCES)
+    expected = model(ids, mask, prompt)
+    model.layers.config = replace(model.layers.config, on_device=True)  # there it runs twice
+    assert torch.equal(model(ids, mask, prompt), expected)
 
 
 # ----------------------------------------------------------------------------------------- the vote
@@ -337,7 +345,7 @@ def test_the_vote_and_its_ties(vote, affinities, winners, route):
     assert spy.routes[0] == [winners]
 
 
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_never_votes_nor_counts(family, route):
     model = molex_model(family, route=route, top_k=2, alpha=0.5).train()
@@ -353,7 +361,7 @@ def test_padding_never_votes_nor_counts(family, route):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_answer_tokens_never_vote_and_never_reach_back(family, route):
     model = molex_model(family, route=route, alpha=0.5)
@@ -428,6 +436,50 @@ def test_a_layer_that_any_sequence_chose_runs_once_and_no_other(top_k):
     assert sorted(spy.runs) == sorted(runs)
 
 
+# ------------------------------------------------------------------------------ a step never waits
+
+
+def without_values(model: Transformer) -> Transformer:
+    """The model with tensors that have shapes and no values, for FakeTensorMode. Whatever reads a
+    value, or has a shape that depends on one, raises there."""
+    for module in model.modules():
+        for names in (module._parameters, module._buffers):
+            for name, x in names.items():
+                if x is not None:
+                    fake = torch.empty(x.shape, dtype=x.dtype)
+                    names[name] = nn.Parameter(fake, x.requires_grad) if x.is_leaf else fake
+                    if names is module._buffers:
+                        names[name] = fake
+    return model
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=2, vote="mean", learn_alpha=True)])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_on_device_a_training_step_and_a_decoding_step_read_no_value(family, options):
+    """The whole step, with the fused optimizer, as on CUDA no other reads its step number."""
+    examples = [Example([3, 4, 5], [6, 7]), Example([3, 4, 5, 9], [6])]
+    for on_device in (True, False):
+        made = molex_model(family, on_device=on_device, **options)
+        s = train.Settings("", "e2e", None, 0, made.layers.config, clip=1.0)
+        for lora in loras(made).values():
+            lora.dropout = 0.1
+        with FakeTensorMode():
+            model = without_values(made).train()
+            optimizer, _ = train.make_optimizer(model, s, 10)
+            for group in optimizer.param_groups:
+                group["fused"] = True
+            if not on_device:  # otherwise the CPU asks for the layer's number
+                with pytest.raises(DataDependentOutputException):
+                    train.train_step(model, optimizer, examples, s)
+                continue
+            assert train.train_step(model, optimizer, examples, s).shape == ()
+            cache, ids = Cache(), torch.zeros(2, 5, dtype=torch.long)
+            with torch.no_grad():
+                model.eval().hidden(ids, ids == 0, cache=cache)
+                sees = torch.ones(2, 3, 8, dtype=torch.bool)  # three beams each
+                assert model(ids[:, :3], cache=cache, sees=sees).shape == (2, 3, VOCAB)
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 
@@ -435,7 +487,7 @@ def trained(model: Transformer) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("gate, activation", [("linear", "softmax"), ("cosine", "sigmoid")])
 @pytest.mark.parametrize(
     "gate_weight, top_k", [("prob", 1), ("prob", 2), ("renormalised", 2), ("renormalised", 1)]
@@ -492,7 +544,7 @@ def test_the_straight_through_gradient_adds_nothing_to_the_value():
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_cached_decoding_equals_uncached(family, route, top_k):
     """Prompts at once, then token by token, while rows are repeated, reordered and dropped."""
@@ -509,7 +561,7 @@ def test_cached_decoding_equals_uncached(family, route, top_k):
     cache, origin, answers = Cache(), [0, 1, 2, 3], [[] for _ in prompts]
     with torch.no_grad():
         logits = model(ids, mask, cache=cache)[:, -1]
-        chosen = {t: list(picks) for t, picks in cache.route.items()}
+        chosen = {t: picks.tolist() for t, picks in cache.route.items()}
         if route == "sequence":
             assert sum(len({str(p) for p in picks}) > 1 for picks in chosen.values()) > 1
         for index in ([0, 1, 2, 3], [2, 2, 0, 1, 1, 1, 3], [6, 0, 2, 5], [3, 3, 1, 0], [1], [0, 0]):
@@ -520,7 +572,7 @@ def test_cached_decoding_equals_uncached(family, route, top_k):
             for row, (o, answer) in enumerate(zip(origin, answers, strict=True)):
                 torch.testing.assert_close(logits[row], uncached(o, answer), rtol=0, atol=1e-10)
                 for t, picks in cache.route.items():
-                    held = picks[row] if len(picks) > 1 else picks[0]
+                    held = picks[row if len(picks) > 1 else 0].tolist()
                     assert held == (chosen[t][o] if len(chosen[t]) > 1 else chosen[t][0])
 
 
@@ -639,7 +691,7 @@ def test_under_autocast_the_gate_scores_in_float32(gate):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gate_weight", ["renormalised", "prob"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_extreme_scores_stay_finite(activation, gate_weight, top_k, route):
     model = molex_model(
         "gpt2", activation=activation, gate_weight=gate_weight, top_k=top_k, route=route
@@ -665,6 +717,7 @@ PARALLEL = [
     ("llama", dict(vote="mean", activation="sigmoid", learn_alpha=True), "nothing"),
     ("roberta", dict(top_k=3, gate_weight="prob", individual_gates=True), "halves"),
     ("gpt2", dict(route="sequence"), "halves"),
+    ("llama", dict(route="on device", top_k=2), "halves"),
 ]
 
 
@@ -748,7 +801,7 @@ def decode_on(model: Transformer, batch: tuple, device: str) -> list[Tensor]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("route", ["batch", "sequence"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_two_streams_on_cuda_equal_the_cpu(route, top_k, device="cuda"):
     """Many times over, with tensors large enough for a missing wait to show."""

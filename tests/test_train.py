@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 import eval as evaluation
@@ -40,10 +41,11 @@ from data import (
     read_e2e,
 )
 from eval import trained_tensors
-from model import InputError, Layers
+from model import InputError, Layers, Transformer
 from molex import MoLExConfig
-from train import Settings, main, make_optimizer, parse, prepare, train_step
+from train import GraphedStep, Settings, main, make_optimizer, parse, prepare, train_step
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 # Decoding kept short where it is not what is tested.
@@ -137,15 +139,18 @@ def test_every_setting_has_a_flag():
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
         tune="full", clip=0.5, adam_eps=0.5, beam_rule="lora", precision="bf16",
     )  # fmt: skip
+    on = dict(compile=True, cuda_graphs=True)
     gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
                 gate_weight="prob", route="sequence")  # fmt: skip
     text = "".join(f" --{n.replace('_', '-')} {v}" for n, v in (flags | gate).items())
-    s = settings(text + " --molex-layers 2-3 --individual-gates --learn-alpha")
-    assert {n: getattr(s, n) for n in flags} == flags
-    extra = dict(layers=(2, 3), individual_gates=True, learn_alpha=True)
+    text += " --molex-layers 2-3 --individual-gates --learn-alpha --compile --cuda-graphs"
+    s = settings(text)
+    assert {n: getattr(s, n) for n in flags | on} == flags | on
+    extra = dict(layers=(2, 3), individual_gates=True, learn_alpha=True, on_device=False)
     assert asdict(s.molex) == gate | extra
     fixed = {"model", "task", "data", "seed", "molex", "init", "shape", "differs"}
-    assert asdict(s).keys() == flags.keys() | fixed
+    assert asdict(s).keys() == flags.keys() | on.keys() | fixed
+    assert settings("--on-device").molex.on_device
 
 
 # ------------------------------------------------------------------------------------- one step
@@ -273,6 +278,58 @@ def test_an_empty_share_of_a_batch_counts_for_nothing():
     for name, p in trained_tensors(model).items():
         assert p.grad is None or not p.grad.count_nonzero(), name
     assert not collate([]).mask.any() and len(Example([], [])) == 0
+
+
+# ------------------------------------------------------------------------------------ CUDA graphs
+
+
+def ten_steps(graphed: bool, device: torch.device) -> tuple[list[Tensor], Transformer]:
+    """Losses of ten steps on batches of two sizes and many lengths, and the trained model. On the
+    CPU a "graph" is the step itself, on the same fixed batch."""
+    s = settings("--lora-dropout 0 --on-device --clip 0.5 --lr 1e-2")
+    model, tokenizer = prepare(s, device)
+    optimizer, schedule = make_optimizer(model, s, 10)
+    step = GraphedStep(model, optimizer, s) if graphed else None
+    if graphed and device.type == "cpu":
+        step.capture = lambda batch: lambda: train_step(model, optimizer, batch, s)
+    examples, losses = some_examples(tokenizer, 48), []
+    for i in range(10):
+        batch = examples[4 * i : 4 * i + 4 - (i % 5 == 4)]
+        losses.append(step(batch) if step else train_step(model, optimizer, batch, s))
+        schedule.step()
+    if step:
+        assert 1 < len(step.steps) < 10 and any(step.steps.values())
+    return losses, model
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_graphed_steps_are_those_of_train_step(device):
+    """Rounded lengths, targets that do not count, fixed buffers and the moving learning rate."""
+    losses, model = ten_steps(False, torch.device(device))
+    graphed, other = ten_steps(True, torch.device(device))
+    torch.testing.assert_close(torch.stack(graphed), torch.stack(losses), rtol=1e-4, atol=1e-4)
+    for name, p in trained_tensors(model).items():
+        torch.testing.assert_close(trained_tensors(other)[name], p, rtol=1e-2, atol=1e-3)
+    assert torch.equal(other.layers.sums[0], model.layers.sums[0])
+
+
+def test_compiled_layers_learn_the_same(monkeypatch):
+    """With the compiler's first half alone, which is what can break here; the second is slow."""
+    compiled = []
+
+    def compile(block: nn.Module, dynamic: bool) -> None:
+        compiled.append(block)
+        block.forward = torch.compile(block.forward, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    steps = []
+    for flags in ("", "--compile"):
+        s = settings("--lora-dropout 0 " + flags)
+        model, tokenizer = prepare(s, CPU)
+        optimizer, _ = make_optimizer(model, s, 10)
+        steps.append([train_step(model, optimizer, some_examples(tokenizer), s) for _ in range(2)])
+    assert len(compiled) == model.config.n_layer
+    torch.testing.assert_close(*map(torch.stack, steps), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- runs, end to end
@@ -908,6 +965,7 @@ def bad_csv(tmp_path, text):
         ("--data nosuch", "trainset.csv is missing"),
         ("--device nosuch", "--device nosuch cannot be used here"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--cuda-graphs --device cpu", "--cuda-graphs needs a GPU"),
         ("--max-length 10", "no prompt fits into 10 tokens"),
         ("csv:", "trainset.csv is empty"),
         ("csv:mr,ref\n", "holds no examples"),
