@@ -1,11 +1,12 @@
 """How fast this is beside what people would otherwise use: transformers with peft.
 
 Contenders are transformers + peft with LoRA, ours with LoRA, and ours with LoRA + MoLEx in the
-first 12 slots and in all of them. They have the same weights, the same LoRA (written by
-`lora.save_lora`, read by peft), the same batches and the same precision, and take turns in one
-process (a, b, c, d, then d, c, b, a, ...); medians with the lowest and the highest, after one
-round to warm up. Ratios are medians of each round's ratio, so what slows the whole machine for a
-while does not count.
+first 12 slots and in all of them; on CUDA, or with --on-device, also MoLEx with the choice on the
+device, and on CUDA LoRA and that as CUDA graphs (captured before the clock starts). They have the
+same weights, the same LoRA (written by `lora.save_lora`, read by peft), the same batches and the
+same precision, and take turns in one process (a, b, c, d, then d, c, b, a, ...); medians with the
+lowest and the highest, after one round to warm up. Ratios are medians of each round's ratio, so
+what slows the whole machine for a while does not count.
 
     python experiments/speed.py                          nano/gpt2 on the CPU, a minute or two
     python experiments/speed.py --models nano/gpt2 DIR --data E2E       and a checkpoint folder
@@ -104,7 +105,7 @@ from eval import (
 from lora import add_lora, load_lora, loras, merge, save_lora
 from model import Config, InputError, Transformer, checkpoint_folder, load, read_config
 from molex import MoLExConfig, upcycle
-from train import Settings, make_optimizer, train_step
+from train import GraphedStep, Settings, make_optimizer, train_step
 
 SHAPES = {  # config.json of models whose weights are made at random
     "gpt2-medium": dict(model_type="gpt2", n_embd=1024, n_layer=24, n_head=16),
@@ -132,10 +133,19 @@ NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob",
 class Ours:
     """This project's model with the LoRA in peft's files; `slots` mix, None: without MoLEx."""
 
-    def __init__(self, folder: Path, lora: Path, slots: int | None, device: torch.device,
-                 precision: str | None) -> None:  # fmt: skip
-        molex = None if slots is None else MoLExConfig(layers=tuple(range(slots)))
+    def __init__(
+        self,
+        folder: Path,
+        lora: Path,
+        slots: int | None,
+        device: torch.device,
+        precision: str | None,
+        on_device: bool = False,
+        graphs: bool = False,
+    ) -> None:
+        molex = MoLExConfig(layers=tuple(range(slots)), on_device=on_device) if slots else None
         self.settings = Settings(str(folder), "e2e", None, SEED, molex)
+        self.graphs, self.graphed = graphs, None
         model = load(folder, head=head_of(folder), dropout=0.0)
         model.precision = precision
         load_lora(model, lora)
@@ -155,7 +165,12 @@ class Ours:
         return total / sum(e.targets for e in examples)
 
     def step(self, optimizer: torch.optim.Optimizer, examples: list[Example]) -> None:
-        train_step(self.model, optimizer, examples, self.settings)
+        if not self.graphs:
+            train_step(self.model, optimizer, examples, self.settings)
+            return
+        if self.graphed is None or self.graphed.optimizer is not optimizer:
+            self.graphed = GraphedStep(self.model, optimizer, self.settings)
+        self.graphed(examples)
 
     @torch.no_grad()
     def infer(self, ids: Tensor) -> Tensor:
@@ -174,6 +189,8 @@ class Ours:
 
 class Theirs:
     """The same of transformers and peft."""
+
+    graphs = False
 
     def __init__(self, folder: Path, lora: Path, device: torch.device, precision: str) -> None:
         import peft  # slow to import, and not needed to use the project
@@ -291,18 +308,23 @@ def write_lora(folder: Path, where: Path, fit: list[list[Example]], device: torc
     return where
 
 
-def contenders(folder: Path, device: torch.device, precision: str, fit: list[list[Example]] = ()
-               ) -> dict[str, Ours | Theirs]:  # fmt: skip
-    """All of them by name, over the same weights and the same LoRA."""
+def contenders(folder: Path, device: torch.device, precision: str, fit: list[list[Example]] = (),
+               on_device: bool = False) -> dict[str, Ours | Theirs]:  # fmt: skip
+    """All of them by name, over the same weights and the same LoRA; MoLEx in all slots is last."""
     with tempfile.TemporaryDirectory() as temporary:
         lora, found = write_lora(folder, Path(temporary), fit, device), {}
         if not missing():
             found[THEIRS] = Theirs(folder, lora, device, precision)
         found[LORA] = Ours(folder, lora, None, device, precision)
-        T = found[LORA].model.config.n_layer
+        T, how = found[LORA].model.config.n_layer, (device, precision)
+        if device.type == "cuda":
+            found["LoRA, graphs"] = Ours(folder, lora, None, *how, graphs=True)
+            found["LoRA + MoLEx, graphs"] = Ours(folder, lora, T, *how, True, graphs=True)
+        if device.type == "cuda" or on_device:
+            found["LoRA + MoLEx, on device"] = Ours(folder, lora, T, *how, True)
         for slots in (12, T) if T > 12 else (T,):
             name = f"LoRA + MoLEx, {'all ' * (slots == T)}{slots} slots"
-            found[name] = Ours(folder, lora, slots, device, precision)
+            found[name] = Ours(folder, lora, slots, *how)
     return found
 
 
@@ -419,7 +441,8 @@ def launches_and_waits(
     """Of a training step; see the head of this file for what they are on the CPU."""
     if device.type == "cuda":
         optimizer = one.optimizer()
-        one.step(optimizer, examples)
+        for _ in range(1 + 2 * one.graphs):
+            one.step(optimizer, examples)
         wait(device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             one.step(optimizer, examples)
@@ -459,6 +482,9 @@ def measure(
         name: lambda r, one=one, o=optimizers[name]: one.step(o, batches[r])
         for name, one in models.items()
     }
+    for name, one in models.items():
+        for r in [*range(rounds)] * (2 * one.graphs):  # the second of a shape is captured
+            jobs[name](r)
     for name, seconds in take_turns(jobs, rounds, device, "training").items():
         tokens = [sum(map(len, batch)) for batch in batches]
         rows[name] |= dict(training=seconds, training_tokens=tokens)
@@ -591,6 +617,7 @@ def main() -> None:
                         help="steps in which the LoRA learns E2E before that")  # fmt: skip
     parser.add_argument("--precision", choices=["bf16", "float32"],
                         help="of matrix products (default: on CUDA bf16)")  # fmt: skip
+    parser.add_argument("--on-device", action="store_true", help="also MoLEx's choice there")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/speed.json"), help="(%(default)s)")
     args = parser.parse_args()
@@ -627,7 +654,7 @@ def main() -> None:
             else:
                 batches, prompts = texts(folder, args.data, args.rounds + args.fit, *size)
                 batches, fit = batches[: args.rounds], batches[args.rounds :]
-            models = contenders(folder, device, precision, fit)
+            models = contenders(folder, device, precision, fit, args.on_device)
         print(f"\n{name} on {device.type}, {machine}, {precision}: batches of {args.batch},"
               f" {args.prompts} prompts, {args.rounds} rounds, median (least-most)")  # fmt: skip
         rows = measure(models, batches, prompts, args.new_tokens, device)

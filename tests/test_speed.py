@@ -106,6 +106,10 @@ def test_without_peft_its_rows_are_left_out(run, monkeypatch):
     out, made = run()
     assert "not installed: peft" in out
     assert [*made["models"]["nano/gpt2"]["rows"]] == [LORA, "LoRA + MoLEx, all 8 slots"]
+    assert made["models"]["nano/gpt2"]["rows"]["LoRA + MoLEx, all 8 slots"]["waits"] == 8
+    rows = run("--on-device")[1]["models"]["nano/gpt2"]["rows"]
+    assert [*rows] == [LORA, "LoRA + MoLEx, on device", "LoRA + MoLEx, all 8 slots"]
+    assert rows["LoRA + MoLEx, on device"]["waits"] == rows[LORA]["waits"] == 0
     assert THEIRS not in out and "1.30 or more: not measured" in out
 
 
