@@ -2,6 +2,8 @@
 
 The tokenizer is tiktoken's byte-pair encoder over the checkpoint's own vocabulary and merges. Text
 is data: a string that happens to contain "<|endoftext|>" is encoded as those thirteen characters.
+
+    python data.py                      two examples of nano/e2e: text, tokens, batch
 """
 
 import csv
@@ -612,3 +614,17 @@ def read_files(predictions: Path, references: Path) -> tuple[list[str], list[lis
     if left := [mr for mr, texts in by_mr.items() if texts]:
         raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
     return outputs, groups
+
+
+if __name__ == "__main__":
+    from model import read_config
+
+    folder = locate("nano/gpt2")
+    tokenizer = Tokenizer.from_folder(folder, read_config(folder))
+    examples = read_examples(tokenizer, "e2e", "nano/e2e", "train", 512)[:2]
+    for e in examples:
+        print(f"prompt  {tokenizer.decode(e.prompt)!r}\nanswer  {tokenizer.decode(e.answer)!r}")
+        print("tokens ", [tokenizer.decode([i]) for i in e.prompt + e.answer][:12], "...")
+    batch = collate(examples)
+    print(f"ids     {tuple(batch.ids.shape)}, {batch.mask.sum()} of them real, rest padding")
+    print(f"prompt  {batch.prompt.sum(1).tolist()} tokens; targets: {len(batch.target)}")

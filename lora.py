@@ -9,6 +9,8 @@ with LoRA on the query and value projections of every layer (Tables 5 and 6).
     save_lora(model, folder)            and peft's own files, so that what is trained here loads
     load_lora(model, folder)            there, over the transformers model, and the other way round;
     load_loralib(model, file)           reads the .bin files that the LoRA paper's code published.
+
+    python lora.py                      nano/gpt2 with a LoRA learns one sequence
 """
 
 import json
@@ -211,3 +213,24 @@ def load_loralib(model: Transformer, file: Path) -> None:
         raise InputError(f"{file} holds no lora_A and lora_B for a RoBERTa")
     state = {"layers.blocks.{}.attn.{}.{}".format(*m.groups()): w for m, w in found.items()}
     fill(adapters(model), state, f"{file} was made for a model of another shape or rank: it")
+
+
+if __name__ == "__main__":
+    from model import load
+
+    model, ids = load("nano/gpt2"), torch.arange(100, 116)[None]
+    plain = model(ids)
+    trained = adapters(add_lora(model, r=4, alpha=32))
+    count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), model.parameters()))
+    print(f"{count:,} of {total:,} parameters are trained")
+    print("with B = 0 nothing has changed:", torch.equal(model(ids), plain))
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for step in range(10):
+        loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+        print(f"step {step}: loss {loss.item():.3f}")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = model(ids)
+    merge(model)
+    print(f"merged, logits differ by at most {(model(ids) - learned).abs().max().item():.0e}")

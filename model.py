@@ -12,7 +12,7 @@ hidden state, z_{t+1} = z_t + u_t(z_t) (Eq. 3). Every layer, residual included, 
 `load("gpt2-medium")` or `load("a/folder")` reads a checkpoint in the Hugging Face layout. Loading
 is strict: every parameter is filled and every tensor used or known to be redundant, or it stops.
 
-    python -c "from model import load; print(load('nano/gpt2'))"
+    python model.py                     what each layer of nano/gpt2 adds to a sequence (Eq. 3)
 """
 
 import json
@@ -674,3 +674,15 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
         have |= {"head." + n: w for n, w in fresh.items()}
     model.load_state_dict(have, assign=True)
     return model.eval()
+
+
+if __name__ == "__main__":
+    model, ids = load("nano/gpt2"), torch.arange(100, 116)[None]
+    for t, block in enumerate(model.layers.blocks):
+        block.register_forward_hook(
+            lambda _, args, z, t=t: print(f"layer {t}: z has norm {args[0].norm():6.1f},"
+                                          f" u_{t}(z) {(z - args[0]).norm():6.1f}")
+        )  # fmt: skip
+    with torch.no_grad():
+        logits = model(ids)
+    print(f"logits {tuple(logits.shape)}, the likeliest next token is {logits[0, -1].argmax()}")

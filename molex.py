@@ -7,6 +7,7 @@ u_j(z) = block_j(z) - z is the update of layer j, alpha = 0.95, and the sum runs
 the only new parameters are the gate's and, if learned, alpha.
 
     model = upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig())
+    python molex.py                     one sentence's way through nano/gpt2, slot by slot
 
 `MoLEx` takes the place of model.py's `Layers`, so nothing else changes. Where the paper is silent:
 
@@ -317,3 +318,26 @@ def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transforme
     molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
     model.layers = molex.to(like.device)
     return model.train(model.training)
+
+
+if __name__ == "__main__":
+    from data import Tokenizer
+    from lora import add_lora
+    from model import load, locate
+
+    torch.manual_seed(0)  # a gate that has learned nothing yet
+    model = add_lora(load("nano/gpt2"), r=4, alpha=32).eval()
+    tokenizer = Tokenizer.from_folder(locate("nano/gpt2"), model.config)
+    ids = torch.tensor([tokenizer.encode("name : Blue Spice | Type : pub | area : riverside")])
+    plain = model(ids)
+    molex = upcycle(model, MoLExConfig(alpha=1.0)).layers
+    print("with alpha = 1 it is the LoRA model:", torch.equal(model(ids), plain))
+
+    def show(t: int, log_a: Tensor, best: Tensor, ctx: Context) -> Tensor:
+        picks = MoLEx.choose(molex, t, log_a, best, ctx)
+        votes, a = best.sum((0, 1)).tolist(), log_a.exp()[..., picks[0]].mean().item()
+        print(f"slot {t}: votes {votes}, so layer {picks.item()} joins; mean affinity {a:.2f}")
+        return picks
+
+    molex.choose, molex.config = show, MoLExConfig()
+    print(f"alpha = 0.95: logits differ by at most {(model(ids) - plain).abs().max().item():.2f}")

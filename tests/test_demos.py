@@ -1,0 +1,31 @@
+"""Each file that is no command shows on nano what it is, in a few lines and seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHOWN = {
+    "model": ["layer 7: z has norm", "logits (1, 16, 4096)"],
+    "lora": ["with B = 0 nothing has changed: True", "merged, logits differ by at most"],
+    "molex": ["with alpha = 1 it is the LoRA model: True", "slot 7: votes"],
+    "data": ["prompt  'name : The Broken Oar", "of them real, rest padding"],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_file_demonstrates_itself(tmp_path, name):
+    command = [sys.executable, ROOT / f"{name}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in SHOWN[name])
+    assert len(done.stdout.splitlines()) <= 20
+
+
+def test_the_loras_demonstration_learns(tmp_path):
+    command = [sys.executable, ROOT / "lora.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    losses = [float(x.split()[-1]) for x in done.stdout.splitlines() if x.startswith("step")]
+    assert losses[-1] < losses[0] / 2
