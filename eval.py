@@ -58,7 +58,7 @@ from data import (
     read_files,
     read_glue,
 )
-from lora import add_lora, merge
+from lora import adapt, merge, task_head, trained_tensors
 from model import (
     COUNT,
     FEW,
@@ -612,34 +612,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's config.json: pretrained, with what `tune` trains, with MoLEx
-    if set. "full" is every parameter; "bitfit" every bias (Zaken et al., 2021)."""
-    folder, tune = checkpoint_folder(config["model"]), config["tune"]
+    """Model and tokenizer of a run's config.json: pretrained, with what is trained, with MoLEx if
+    set."""
     head = max(1, len(GLUE[config["task"]].labels)) if config["task"] in GLUE else "lm"
     model = load(config["model"], head=head, dropout=config["dropout"])
     model.precision = config["precision"]
-    if tune == "lora":
-        add_lora(model, config["lora_r"], config["lora_alpha"], config["lora_dropout"])
-    if tune == "bitfit":
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.endswith("bias") or name in task_head(model))
-        if trained_tensors(model).keys() <= task_head(model):
-            raise InputError(f"{config['model']} has no biases, which are what bitfit trains")
+    adapt(model, config["tune"], *(config[f"lora_{name}"] for name in ("r", "alpha", "dropout")))
     if config["molex"]:
         upcycle(model, MoLExConfig(**config["molex"]))
-    return model.to(device), Tokenizer.from_folder(folder, model.config)
-
-
-def trained_tensors(model: Transformer) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def task_head(model: Transformer) -> set[str]:
-    """Names of the parameters of a new classification head. They are not counted as trainable, as
-    in Table 1, and not taken over from another run."""
-    if not isinstance(model.head, ClassificationHead):
-        return set()
-    return {"head." + name for name, _ in model.head.named_parameters()}
+    return model.to(device), Tokenizer.from_folder(checkpoint_folder(config["model"]), model.config)
 
 
 RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's config.json

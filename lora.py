@@ -69,6 +69,31 @@ def add_lora(
     return model.train(model.training)  # a new module starts in training mode, with dropout
 
 
+def adapt(model: Transformer, tune: str, *lora: float) -> Transformer:
+    """Choose what is trained, beside a new task head: "lora", with r, alpha and dropout as in
+    `add_lora`; "full", every parameter; "bitfit", every bias (Zaken et al., 2021). Raises
+    InputError if there is none."""
+    if tune == "lora":
+        return add_lora(model, *lora)
+    for name, p in model.named_parameters():
+        p.requires_grad_(tune == "full" or name.endswith("bias") or name in task_head(model))
+    if trained_tensors(model).keys() <= task_head(model):
+        raise InputError("the model has no biases, which are what bitfit trains")
+    return model
+
+
+def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by the names that adapter.safetensors has."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def task_head(model: Transformer) -> set[str]:
+    """Names of the parameters of a new classification head. They are not counted as trainable, as
+    in Table 1, and not taken over from another run."""
+    new = isinstance(model.head, ClassificationHead)
+    return {"head." + name for name, _ in model.head.named_parameters()} if new else set()
+
+
 def loras(model: nn.Module) -> dict[str, LoRA]:
     """Every LoRA in the model, by name ("layers.blocks.0.attn.q")."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}

@@ -27,6 +27,7 @@ index into it that the CPU never reads. So a step never waits, and can be a CUDA
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -128,9 +129,12 @@ class MoLEx(nn.Module):
         self.load_balance: Tensor | None = None
         self.bank: list[tuple[dict[str, torch.Size], Tensor]] = []  # of one pass, see `stack`
         self.side: torch.cuda.Stream | None = None
+        self.made: list[tuple[Tensor, Tensor]] = []  # of one pass, see `record`
         for name, start in dict(
+            numbers=torch.arange(T),
+            index=torch.tensor(self.slots),
             counts=torch.zeros(T, T, dtype=torch.long),
-            last=torch.full((T, config.top_k), -1),  # what each slot was given last in training
+            last=torch.full((len(self.slots), config.top_k), -1),  # picks in training, see `record`
             sums=torch.zeros(6, dtype=torch.float64),  # over training, see `summary`
         ).items():
             self.register_buffer(name, start, persistent=False)
@@ -168,7 +172,7 @@ class MoLEx(nn.Module):
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
-        self.bank = self.stack() if self.config.on_device else []
+        self.bank, self.made = self.stack() if self.config.on_device else [], []
         if z.is_cuda:
             self.side = self.side or torch.cuda.Stream(z.device)
             shared = (ctx.real, ctx.prompt, ctx.mask, *(ctx.rope or ()), *(m for _, m in self.bank))
@@ -178,8 +182,8 @@ class MoLEx(nn.Module):
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
         self.bank = []
-        if self.training:
-            self.sums[4:] += torch.stack([z.new_ones(()), self.load_balance.detach()])
+        if self.made:
+            self.record(len(z))
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -198,7 +202,7 @@ class MoLEx(nn.Module):
         own = self.blocks[t](z, ctx, (t, t))
         with torch.cuda.stream(self.side if z.is_cuda else None):  # None: no change of stream
             log_a = self.log_affinity(t, z)
-            best = log_a.argmax(-1, keepdim=True) == torch.arange(len(self.blocks), device=z.device)
+            best = log_a.argmax(-1, keepdim=True) == self.numbers
             if self.training:
                 self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
             picks = self.choose(t, log_a, best, ctx)
@@ -212,8 +216,9 @@ class MoLEx(nn.Module):
                           for j in sorted({*picks.flatten().tolist()})]  # fmt: skip
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in (x for pair in others for x in pair if x is not None):
-                x.record_stream(main)
+            for x in chain(*others, *self.made[-1:]):
+                if x is not None:
+                    x.record_stream(main)
         u = own - z
         terms = [w_j * (u if other is None else other - z) for w_j, other in others]
         v = sum(terms[1:], start=terms[0])
@@ -283,17 +288,26 @@ class MoLEx(nn.Module):
             by_votes = votes.gather(1, order).argsort(descending=True, stable=True)
             order = order.gather(1, by_votes)
         picks = order[:, : self.config.top_k]
-        if self.training and self.config.route == "batch":
-            pick, before = picks[0], self.last[t].clone()
-            mean = affinity[0, pick].mean() / votes.sum().clamp(min=1)
-            changed = ((pick != before) & (before >= 0)).any()
-            self.sums[:4] += torch.stack([torch.ones_like(mean), changed, (pick == t).any(), mean])
-            self.last[t] = pick
-        each = (picks[..., None] == torch.arange(len(order[0]), device=order.device)).sum((0, 1))
-        self.counts[t] += each * (len(log_a) // len(picks))
+        self.made.append((picks, affinity / votes.sum(-1, keepdim=True).clamp(min=1)))
         if ctx.cache is not None:
             ctx.cache.route[t] = picks
         return picks
+
+    @torch.no_grad()
+    def record(self, B: int) -> None:
+        """Note what the slots of this pass have chosen, in `counts` and, for `summary`, in `sums`:
+        on the device and all at once, so that training hardly feels it."""
+        picks, affinity = map(torch.stack, zip(*self.made, strict=True))  # (slots, 1 or B, K or T)
+        each = (picks[..., None] == self.numbers).sum((1, 2))
+        self.counts.index_add_(0, self.index, each * (B // picks.shape[1]))
+        if not self.training or self.config.route != "batch":
+            return
+        pick, mean = picks[:, 0], affinity.gather(-1, picks).mean((1, 2))
+        changed = ((pick != self.last) & (self.last >= 0)).any(1)
+        own = (pick == self.index[:, None]).any(1)
+        found = torch.stack([torch.ones_like(mean), changed, own, mean]).sum(1)
+        self.sums += torch.cat([found, torch.stack([found[0] / len(pick), self.load_balance])])
+        self.last.copy_(pick)
 
     def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
         """w_nj of the chosen layers, (B, N, K). Two readings of the paper:

@@ -79,13 +79,11 @@ from eval import (
     read_run,
     read_scores,
     summed_loss,
-    task_head,
-    trained_tensors,
     uninterrupted,
     write_atomic,
     write_text,
 )
-from lora import load_loralib
+from lora import load_loralib, task_head, trained_tensors
 from model import (
     InputError,
     Transformer,

@@ -81,11 +81,10 @@ from eval import (
     pick_device,
     read_log,
     read_run,
-    trained_tensors,
     write_atomic,
     write_text,
 )
-from lora import merge
+from lora import merge, trained_tensors
 from model import NUMBER, InputError, Transformer, fill, read_json
 from molex import MoLEx
 

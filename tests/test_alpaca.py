@@ -30,8 +30,8 @@ from tokenizers.processors import Sequence as Processors
 import eval as evaluation
 import train
 from data import Example, Tokenizer, alpaca_prompt, encode_pairs, read_alpaca
-from eval import load_run, trained_tensors
-from lora import add_lora
+from eval import load_run
+from lora import add_lora, trained_tensors
 from model import Config, InputError, Transformer, load, read_config
 from molex import MoLExConfig, upcycle
 from train import Settings, main, parse, prepare, report

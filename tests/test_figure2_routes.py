@@ -18,8 +18,9 @@ from torch import Tensor
 
 import train
 from data import GLUE
-from eval import build, evaluate_run, plot_routes, trained_tensors
+from eval import build, evaluate_run, plot_routes
 from experiments import figure2_routes as figure2
+from lora import trained_tensors
 from model import locate
 from molex import MoLEx
 

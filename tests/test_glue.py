@@ -40,7 +40,7 @@ from data import (
     encode_texts,
     read_glue,
 )
-from lora import loras
+from lora import loras, trained_tensors
 from model import InputError, load, read_config
 from train import Settings, main, parse, prepare
 
@@ -506,7 +506,7 @@ def test_loss_is_the_mean_over_the_examples(roberta, glue, task, decoder):
     s = settings("nano/gpt2" if decoder else roberta, task, flags)
     model, tokenizer = prepare(s, CPU)
     examples = some_examples(s, tokenizer)
-    trained = evaluation.trained_tensors(model)
+    trained = trained_tensors(model)
     start = {n: p.detach().clone() for n, p in trained.items()}
     losses, answers = [], []
     for e in examples:
@@ -539,7 +539,7 @@ def test_an_empty_share_of_a_batch_counts_for_nothing(roberta, glue, task):
     loss = train.summed_loss(model, [], 0.0)
     loss.backward()
     assert loss.item() == 0
-    for name, p in evaluation.trained_tensors(model).items():
+    for name, p in trained_tensors(model).items():
         assert p.grad is None or not p.grad.count_nonzero(), name  # nor is it NaN
 
 
@@ -690,7 +690,7 @@ def test_the_first_of_the_best_epochs_is_kept(roberta, glue, tmp_path, monkeypat
 
     def train_step(model, *rest):
         loss = step(model, *rest)
-        after.append({n: p.detach().clone() for n, p in evaluation.trained_tensors(model).items()})
+        after.append({n: p.detach().clone() for n, p in trained_tensors(model).items()})
         return loss
 
     monkeypatch.setattr(train, "glue_scores", glue_scores)
@@ -745,7 +745,7 @@ def test_what_is_trained(roberta, glue, tune, molex):
         "bitfit": {n for n in named if n.endswith(".bias")} | new,
         "lora": {n for n in named if n.endswith((".q.A", ".q.B", ".v.A", ".v.B"))} | new,
     }[tune]
-    assert evaluation.trained_tensors(model).keys() == chosen
+    assert trained_tensors(model).keys() == chosen
     assert len(loras(model)) == 6 * (tune == "lora")
     assert len(chosen - new) == {"full": 53, "bitfit": 25, "lora": 12}[tune]
     before = {n: p.detach().clone() for n, p in named.items()}
@@ -883,7 +883,7 @@ def test_whatever_is_not_the_papers_stands_below_its_numbers(hub, tmp_path, caps
 
 def prepared(roberta: Path, glue: Path, flags: str) -> tuple[Settings, dict[str, torch.Tensor]]:
     s = settings(roberta, "mrpc", f"--data {glue} {flags}")
-    return s, evaluation.trained_tensors(prepare(s, CPU)[0])
+    return s, trained_tensors(prepare(s, CPU)[0])
 
 
 GATE_OF_MNLI = "--gate cosine --activation sigmoid --proj-dim 416"

@@ -40,7 +40,7 @@ from data import (
     group_references,
     read_e2e,
 )
-from eval import trained_tensors
+from lora import trained_tensors
 from model import InputError, Layers, Transformer
 from molex import MoLExConfig
 from train import GraphedStep, Settings, main, make_optimizer, parse, prepare, train_step
