@@ -126,18 +126,6 @@ def remove(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------- peft's files
 
-PEFT_LAYERS = {  # where peft finds the layers in the transformers model, and projections in them
-    "gpt2": "transformer.h",
-    "roberta": "roberta.encoder.layer",
-    "llama": "model.layers",
-}
-PEFT_PROJECTIONS = {
-    "gpt2": {},  # q, k and v are one projection there, attn.c_attn: see `fuse`
-    "roberta": {"q": "attention.self.query", "k": "attention.self.key",
-                "v": "attention.self.value", "o": "attention.output.dense"},
-    "llama": {p: f"self_attn.{p}_proj" for p in "qkvo"},
-}  # fmt: skip
-
 
 def fuse(q: LoRA, v: LoRA) -> tuple[Tensor, Tensor]:
     """One LoRA of rank 2r for GPT-2's c_attn, whose output stacks q, k and v.
@@ -155,6 +143,7 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
     """Write adapter_config.json and adapter_model.safetensors as peft does. `base` is the name of
     the pretrained model, noted in the config. GPT-2 takes LoRA on q and v only."""
     family, tensors, found = model.config.family, {}, loras(model)
+    layers, peft = (model.config.hub[name] for name in ("layers", "peft"))
     if not found:
         raise InputError("the model has no LoRA to save; call add_lora first")
     names = sorted({name.rpartition(".")[2] for name in found})
@@ -166,10 +155,10 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
         if family == "gpt2":
             pairs = {"attn.c_attn": fuse(block.attn.q, block.attn.v)}
         else:
-            here = {PEFT_PROJECTIONS[family][p]: getattr(block.attn, p) for p in names}
+            here = {peft[p]: getattr(block.attn, p) for p in names}
             pairs = {path: (lora.A, lora.B) for path, lora in here.items()}
         for path, (A, B) in pairs.items():
-            key = f"base_model.model.{PEFT_LAYERS[family]}.{i}.{path}"
+            key = f"base_model.model.{layers}.{i}.{path}"
             tensors[f"{key}.lora_A.weight"] = A.detach().cpu().contiguous()
             tensors[f"{key}.lora_B.weight"] = B.detach().cpu().contiguous()
     config = dict(
@@ -209,7 +198,8 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
                 raise InputError(f"{folder}: the LoRA on {key} is not one for q and one for v")
             pairs = [*zip("qv", blocks, strict=True)]
         else:
-            pairs = [(p, w) for p, theirs in PEFT_PROJECTIONS[family].items() if theirs == path]
+            peft = model.config.hub["peft"].items()
+            pairs = [(p, w) for p, theirs in peft if theirs == path]
         if not pairs:
             raise InputError(f"{folder} adapts {path}, which is not q, k, v or o here")
         state.update({f"layers.blocks.{i}.attn.{p}.{side}": x for p, x in pairs})

@@ -20,6 +20,7 @@ import math
 import pickle
 import re
 import reprlib
+import tomllib
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,6 +142,17 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: object) -> N
 
 # ------------------------------------------------------------------------------------ configuration
 
+FAMILIES = tomllib.loads((Path(__file__).parent / "families.toml").read_text("utf-8"))
+NAMES = dict(  # ours -> config.json's, in every family
+    n_kv_head="num_key_value_heads", d_head="head_dim", tied="tie_word_embeddings",
+    bias="attention_bias", bos="bos_token_id", eos="eos_token_id", pad="pad_token_id",
+)  # fmt: skip
+FORMS = dict(  # see `check`
+    vocab_size=COUNT, d_model=COUNT, n_layer=FEW, n_head=FEW, n_kv_head=FEW, d_head=COUNT,
+    d_ff=COUNT, max_positions=COUNT, norm_eps=SHARE, activation=(str,), tied=(bool,), bias=(bool,),
+    dropout=SHARE,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -165,13 +177,18 @@ class Config:
     pad: int | None = None
     rope: dict = field(default_factory=dict)  # rotary theta and, for Llama 3, its scaling
 
+    @property
+    def hub(self) -> dict:
+        """What the hub, transformers and peft call things in this family."""
+        return FAMILIES[self.family]
+
     @classmethod
     def from_hf(cls, c: dict, where: object = "config.json") -> "Config":
         """Read the dictionary in a Hugging Face config.json, which messages call `where`. Raises
         InputError if it is unsupported or unsound."""
         family = c.get("model_type")
-        if family not in ("gpt2", "roberta", "llama"):
-            raise InputError(f"model_type {family!r} is not supported; use gpt2, roberta or llama")
+        if str(family) not in FAMILIES:
+            raise InputError(f"model_type {family!r} is not supported; use {', '.join(FAMILIES)}")
         usual = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
         usual |= dict(scale_attn_weights=True, is_decoder=False, quantization_config=None)
         usual |= dict(tie_word_embeddings=True) if family == "roberta" else {}
@@ -179,47 +196,35 @@ class Config:
             if c.get(name, value) != value:
                 raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
 
-        def get(name: str, form: tuple, default: object = ...) -> object:
-            """What c has by this name (in GPT-2 by the one before the slash), or the default."""
-            name = name.split("/")[0 if family == "gpt2" else -1]
-            if default is not ... and c.get(name) is None:
-                return default
-            return check(c, {name: form}, where)[name]
-
         if isinstance(c.get("eos_token_id"), list):  # some models end in several ways
             c = c | {"eos_token_id": [*c["eos_token_id"], None][0]}
-        d_model, n_head = get("n_embd/hidden_size", COUNT), get("n_head/num_attention_heads", FEW)
-        eps, activation, older, dropout, pad, d_ff, parity = {
-            "gpt2": ("layer_norm_epsilon", "gelu_new", True, 0.1, None, 4 * d_model, 1),
-            "roberta": ("layer_norm_eps", "gelu", True, 0.1, 1, ..., 1),
-            "llama": ("rms_norm_eps", "silu", False, 0.0, None, ..., 2),  # rotary positions: pairs
-        }[family]
-        token = (int, 0, get("vocab_size", COUNT) - 1)
-        rope = get("rope_scaling", (dict,), {}) | get("rope_parameters", (dict,), {})
+        token = (int, 0, check(c, {"vocab_size": COUNT}, where)["vocab_size"] - 1)
+        pad = token if family == "roberta" else (int, -1, 2**24)
+        names, config = NAMES | FAMILIES[family]["names"], dict(family=family)
+        missing = dict(bos=None, eos=None, pad=None) | FAMILIES[family]["missing"]
+        for name, form in (FORMS | dict(bos=token, eos=token, pad=pad)).items():
+            theirs = names.get(name, name)
+            absent = name in missing and c.get(theirs) is None
+            config[name] = missing[name] if absent else check(c, {theirs: form}, where)[theirs]
+        n_head, d_model = config["n_head"], config["d_model"]
+        config["n_kv_head"] = config["n_kv_head"] or n_head
+        config["d_head"] = config["d_head"] or d_model // n_head
+        config["d_ff"] = config["d_ff"] or 4 * d_model
+        if family == "roberta":  # it numbers its positions from pad + 1
+            config["max_positions"] -= config["pad"] + 1
+        rope = {"rope_theta": c.get("rope_theta", 10000.0)}
+        for name in ("rope_scaling", "rope_parameters"):  # an older name and a newer one
+            rope |= check(c, {name: (dict,)}, where)[name] if c.get(name) is not None else {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
-        rope = {"rope_theta": c.get("rope_theta", 10000.0)} | rope | {"rope_type": kind}
         numbers = ["rope_theta", *ROPE_LLAMA3 * (kind == "llama3")]
-        config = dict(
-            vocab_size=c["vocab_size"], n_layer=get("n_layer/num_hidden_layers", FEW),
-            n_head=n_head, n_kv_head=get("num_key_value_heads", FEW, n_head),
-            d_model=d_model, d_head=get("head_dim", COUNT, d_model // n_head),
-            d_ff=get("n_inner/intermediate_size", COUNT, d_ff), norm_eps=get(eps, SHARE),
-            max_positions=get("n_positions/max_position_embeddings", COUNT),
-            activation=get("activation_function/hidden_act", (str,), activation),
-            tied=get("tie_word_embeddings", (bool,), older),
-            bias=get("attention_bias", (bool,), older),
-            dropout=get("resid_pdrop/hidden_dropout_prob", SHARE, dropout),
-            bos=get("bos_token_id", token, None), eos=get("eos_token_id", token, None),
-            pad=get("pad_token_id", token if pad else (int, -1, 2**24), pad),
-            rope=check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where),
-        )  # fmt: skip
-        if family == "roberta":  # it numbers its positions from pad + 1
-            config["max_positions"] -= config["pad"] + 1
-        if n_head % config["n_kv_head"] or config["d_head"] % parity:
+        config["rope"] = check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where)
+        config["rope"]["rope_type"] = kind
+        odd = family == "llama" and config["d_head"] % 2  # rotary positions come in pairs
+        if n_head % config["n_kv_head"] or odd:
             raise InputError(f"{where}: the numbers of heads and channels do not fit")
-        return cls(family=family, **check(config, dict(d_head=COUNT, max_positions=COUNT), where))
+        return cls(**check(config, dict(d_head=COUNT, max_positions=COUNT), where))
 
 
 # ------------------------------------------------------------- what the layers of one pass share
@@ -531,34 +536,6 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------------------------------- loading
 
-# Hugging Face's tensor names, rewritten to ours in this order.
-RENAME = {
-    "gpt2": [
-        (r"^transformer\.", ""), (r"^wte\.", "embed."), (r"^wpe\.", "positions."),
-        (r"^ln_f\.", "norm."), (r"^lm_head\.", "head."), (r"^h\.", "layers.blocks."),
-        (r"\.ln_(\d)\.", r".norm\1."), (r"\.attn\.c_proj\.", ".attn.o."),
-        (r"\.mlp\.c_fc\.", ".mlp.up."), (r"\.mlp\.c_proj\.", ".mlp.down."),
-    ],
-    "roberta": [
-        (r"^roberta\.", ""), (r"^embeddings\.word_embeddings\.", "embed."),
-        (r"^embeddings\.position_embeddings\.", "positions."),
-        (r"^embeddings\.token_type_embeddings\.", "token_type."),
-        (r"^embeddings\.LayerNorm\.", "norm."), (r"^encoder\.layer\.", "layers.blocks."),
-        (r"\.attention\.self\.([qkv])\w+\.", r".attn.\1."),
-        (r"\.attention\.output\.dense\.", ".attn.o."),
-        (r"\.attention\.output\.LayerNorm\.", ".norm1."), (r"\.intermediate\.dense\.", ".mlp.up."),
-        (r"\.output\.dense\.", ".mlp.down."), (r"\.output\.LayerNorm\.", ".norm2."),
-        (r"^lm_head\.layer_norm\.", "head.norm."),
-        (r"^lm_head\.", "head."), (r"^classifier\.out_proj\.", "head.out."),
-        (r"^classifier\.", "head."),
-    ],
-    "llama": [
-        (r"^model\.", ""), (r"^embed_tokens\.", "embed."), (r"^lm_head\.", "head."),
-        (r"^layers\.(\d)", r"layers.blocks.\1"), (r"\.self_attn\.([qkvo])_proj\.", r".attn.\1."),
-        (r"\.mlp\.(\w+)_proj\.", r".mlp.\1."), (r"\.input_layernorm\.", ".norm1."),
-        (r"\.post_attention_layernorm\.", ".norm2."),
-    ],
-}  # fmt: skip
 # Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler; and
 # those that are mostly another one again.
 REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$"
@@ -570,7 +547,7 @@ def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Hugging Face's state dict as ours: names, GPT-2's transposed and fused projections."""
     out = {}
     for name, w in tensors.items():
-        for pattern, new in RENAME[config.family]:
+        for pattern, new in config.hub["rename"]:
             name = re.sub(pattern, new, name)
         if re.search(REDUNDANT, name):
             continue

@@ -439,6 +439,7 @@ def test_hub_name_without_safetensors(checkpoint, monkeypatch, tmp_path):
     [
         ("gpt2", dict(model_type="bert"), "model_type 'bert' is not supported; use gpt2"),
         ("gpt2", dict(model_type=None), "model_type None is not supported"),
+        ("gpt2", dict(model_type=["gpt2"]), r"model_type \['gpt2'\] is not supported"),
         ("gpt2", dict(n_head=None, n_embd=None), "config.json lacks n_embd$"),
         ("roberta", dict(intermediate_size=None), "config.json lacks intermediate_size"),
         ("llama", dict(rope_parameters=ROPE | dict(rope_type="yarn")), "rope_type 'yarn'"),
