@@ -162,13 +162,10 @@ class MoLEx(nn.Module):
         load-balance loss; and alpha now, a mean over the slots."""
         votes, changed, own, affinity, passes, balance = self.sums.tolist()
         self.sums.zero_()
-        found = {
-            n: x / max(1, votes)
-            for n, x in zip(("changed", "own", "affinity"), (changed, own, affinity), strict=True)
-        }
-        learned = self.config.learn_alpha
+        learned, n = self.config.learn_alpha, max(1, votes)
         alpha = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
-        return found | dict(balance=balance / max(1, passes), alpha=alpha)
+        return dict(changed=changed / n, own=own / n, affinity=affinity / n,
+                    balance=balance / max(1, passes), alpha=alpha)  # fmt: skip
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
@@ -181,9 +178,9 @@ class MoLEx(nn.Module):
                     x.record_stream(self.side)
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
-        self.bank = []
         if self.made:
             self.record(len(z))
+        self.bank, self.made = [], []
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:

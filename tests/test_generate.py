@@ -27,6 +27,7 @@ from transformers import (
 from data import GPT2_PATTERN, Tokenizer, byte_symbols, e2e_prompt, encode_prompt
 from eval import ban_repeats, beam_search, generate
 from model import Config, Transformer, load
+from train import Settings
 
 # ------------------------------------------------------------------- against transformers' generate
 
@@ -331,3 +332,4 @@ def test_the_defaults_are_table_6s():
     names = inspect.signature(beam_search).parameters
     found = [names[n].default for n in ("beams", "length_penalty", "no_repeat_ngram")]
     assert found == [10, 0.9, 4] and names["beam_rule"].default == "transformers"
+    assert names["max_new_tokens"].default == Settings.max_new_tokens

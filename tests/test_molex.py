@@ -638,6 +638,7 @@ def test_table_14s_parameters():
         (dict(alpha=math.nan), "alpha is nan, not between 0 and 1"),
         (dict(alpha=1.0, learn_alpha=True), "alpha is 1.0, not between 0 and 1"),
         (dict(alpha=0.0, learn_alpha=True), "alpha is 0.0, not between 0 and 1"),
+        (dict(on_device=True, route="sequence"), "on-device needs one choice for the batch"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message):
