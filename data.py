@@ -8,9 +8,7 @@ is data: a string that happens to contain "<|endoftext|>" is encoded as those th
 
 import csv
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +144,14 @@ def leading_ids(post_processor: dict) -> list[int]:
     return ids
 
 
+csv.field_size_limit(2**31 - 1)  # a quotation mark that nothing closes is found out all the same
+
+
+def read_lines(path: Path) -> list[str]:
+    """Its lines, stripped."""
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+
+
 def _from_hub(what: str, data: str, *args: str, **kwargs: str):
     """`datasets.load_dataset`; an InputError says what is not to be had, and what --data takes."""
     from datasets import load_dataset  # slow to import
@@ -211,7 +217,7 @@ def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
         table = _from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         return list(zip(table["mr"], table["ref"], strict=True))
     path = e2e_file(folder, split)
-    pairs, lines = [], _read_lines(path)
+    pairs, lines = [], read_lines(path)
     if is_tokenized(folder):
         rows = (dict(zip(("mr", "ref", None), line.split("||"), strict=False)) for line in lines)
     else:
@@ -537,83 +543,6 @@ def collate(examples: list[Example], multiple: int = 1) -> Batch:
     where, target = where + more * [0], target + more * [NO_TARGET]
     kind = torch.float32 if any(isinstance(y, float) for y in target) else torch.long
     return Batch(ids, mask, prompt, torch.tensor(where).long(), torch.tensor(target, dtype=kind))
-
-
-# ------------------------------------------------------------------ outputs and references to score
-
-csv.field_size_limit(2**31 - 1)  # a quotation mark that nothing closes is found out all the same
-
-
-def _read_lines(path: Path) -> list[str]:
-    """Its lines, stripped."""
-    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
-
-
-def clean(value: str) -> str:
-    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
-    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
-        value = value.replace(wrong, right)
-    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
-
-
-def _read_table(path: Path, column: str) -> list[tuple[str, str]]:
-    """(MR, text) for each row of a .csv or .tsv file.
-
-    The text is the column called `column`, or else the only one beside MR. Without a header the
-    rows are MR, text. Raises InputError if a column or a value is missing.
-    """
-    lines = _read_lines(path)
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
-    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
-    names = [clean(name).lower() for name in rows[0]]
-    if "mr" in names or column in names:
-        del rows[0]
-    else:
-        names = ["mr", column]
-    if "mr" not in names or (column not in names and len(names) != 2):
-        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
-    mr = names.index("mr")
-    text = names.index(column) if column in names else 1 - mr
-    for row in rows:
-        if len(row) != len(names):
-            start = ", ".join(row)[:60]
-            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
-    return [(clean(row[mr]), clean(row[text])) for row in rows]
-
-
-def read_files(predictions: Path, references: Path) -> tuple[list[str], list[list[str]]]:
-    """The predictions and, in the same order, their groups of references.
-
-    The formats are those of the challenge's script (see the top of eval.py), which reads a table
-    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
-    or if an MR has no prediction or a prediction no MR.
-    """
-    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
-    if tables[references]:
-        rows = groupby(_read_table(references, "ref"), key=lambda row: row[0])
-        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
-        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
-    else:
-        lines = _read_lines(references)
-        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
-        if len(groups) == 1:
-            groups = [[line] for line in groups[0]]
-    if not tables[predictions]:
-        return _read_lines(predictions), groups
-    rows = _read_table(predictions, "output")
-    if not tables[references]:
-        return [text for _, text in rows], groups
-    by_mr = defaultdict(list)
-    for mr, text in rows:
-        by_mr[mr].append(text)
-    outputs = []
-    for mr in mrs:
-        if not by_mr[mr]:
-            raise InputError(f"{predictions} has no output for the MR {mr!r}")
-        outputs.append(by_mr[mr].pop(0))
-    if left := [mr for mr, texts in by_mr.items() if texts]:
-        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
-    return outputs, groups
 
 
 if __name__ == "__main__":

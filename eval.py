@@ -18,17 +18,19 @@ order.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from itertools import chain, islice, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,6 @@ from data import (
     Batch,
     Example,
     Tokenizer,
-    clean,
     collate,
     e2e_prompt,
     encode_glue,
@@ -55,8 +56,8 @@ from data import (
     group_references,
     read_e2e,
     read_examples,
-    read_files,
     read_glue,
+    read_lines,
 )
 from lora import adapt, merge, task_head, trained_tensors
 from model import (
@@ -893,6 +894,76 @@ def plot_curves(runs: list[tuple[str, list[dict]]], task: str, path: Path) -> No
     for panel in axes[: 1 + 2 * gated : 2]:
         panel.legend(fontsize=7)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+# ------------------------------------------------------------------ outputs and references to score
+
+
+def clean(value: str) -> str:
+    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
+    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
+        value = value.replace(wrong, right)
+    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
+
+
+def _read_table(path: Path, column: str) -> list[tuple[str, str]]:
+    """(MR, text) for each row of a .csv or .tsv file.
+
+    The text is the column called `column`, or else the only one beside MR. Without a header the
+    rows are MR, text. Raises InputError if a column or a value is missing.
+    """
+    lines = read_lines(path)
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
+    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
+    names = [clean(name).lower() for name in rows[0]]
+    if "mr" in names or column in names:
+        del rows[0]
+    else:
+        names = ["mr", column]
+    if "mr" not in names or (column not in names and len(names) != 2):
+        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
+    mr = names.index("mr")
+    text = names.index(column) if column in names else 1 - mr
+    for row in rows:
+        if len(row) != len(names):
+            start = ", ".join(row)[:60]
+            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
+    return [(clean(row[mr]), clean(row[text])) for row in rows]
+
+
+def read_files(predictions: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+    """The predictions and, in the same order, their groups of references.
+
+    The formats are those of the challenge's script (see the top of this file), which reads a table
+    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
+    or if an MR has no prediction or a prediction no MR.
+    """
+    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    if tables[references]:
+        rows = groupby(_read_table(references, "ref"), key=lambda row: row[0])
+        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
+        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
+    else:
+        lines = read_lines(references)
+        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
+        if len(groups) == 1:
+            groups = [[line] for line in groups[0]]
+    if not tables[predictions]:
+        return read_lines(predictions), groups
+    rows = _read_table(predictions, "output")
+    if not tables[references]:
+        return [text for _, text in rows], groups
+    by_mr = defaultdict(list)
+    for mr, text in rows:
+        by_mr[mr].append(text)
+    outputs = []
+    for mr in mrs:
+        if not by_mr[mr]:
+            raise InputError(f"{predictions} has no output for the MR {mr!r}")
+        outputs.append(by_mr[mr].pop(0))
+    if left := [mr for mr, texts in by_mr.items() if texts]:
+        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
+    return outputs, groups
 
 
 # --------------------------------------------------------------------------------- command line

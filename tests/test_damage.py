@@ -40,7 +40,6 @@ from data import (
     encode_pairs,
     read_alpaca,
     read_e2e,
-    read_files,
     read_glue,
 )
 from lora import add_lora, load_lora, load_loralib, save_lora
@@ -325,10 +324,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "glue/MRPC/train.tsv": lambda root: read_glue(root / "glue", "mrpc", "train"),
     "alpaca.json": lambda root: use_alpaca(root / "alpaca.json", root),
     "alpaca.jsonl": lambda root: use_alpaca(root / "alpaca.jsonl", root),
-    "outputs.txt": lambda root: read_files(root / "outputs.txt", root / "refs.txt"),
-    "refs.txt": lambda root: read_files(root / "outputs.txt", root / "refs.txt"),
-    "outputs.tsv": lambda root: read_files(root / "outputs.tsv", root / "refs.csv"),
-    "refs.csv": lambda root: read_files(root / "outputs.tsv", root / "refs.csv"),
+    "outputs.txt": lambda root: evaluation.read_files(root / "outputs.txt", root / "refs.txt"),
+    "refs.txt": lambda root: evaluation.read_files(root / "outputs.txt", root / "refs.txt"),
+    "outputs.tsv": lambda root: evaluation.read_files(root / "outputs.tsv", root / "refs.csv"),
+    "refs.csv": lambda root: evaluation.read_files(root / "outputs.tsv", root / "refs.csv"),
 }
 
 
