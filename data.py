@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Config, InputError, locate, parse_json, read_json, read_text, reason
+from files import InputError, locate, parse_json, read_json, read_text, reason
+from model import Config
 
 # ---------------------------------------------------------------------------------------- tokenizer
 

@@ -17,30 +17,24 @@ consecutive rows with the same MR form a group. Two tables are matched by MR, an
 order.
 """
 
-import argparse
 import csv
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-import portalocker
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -59,27 +53,28 @@ from data import (
     read_glue,
     read_lines,
 )
-from lora import adapt, merge, task_head, trained_tensors
-from model import (
+from files import (
     COUNT,
     FEW,
     NUMBER,
     SHARE,
-    Cache,
-    ClassificationHead,
     InputError,
-    Transformer,
+    Parser,
     check,
-    checkpoint_folder,
+    command_line,
     fill,
-    load,
     locate,
+    locked,
     parse_json,
+    pick_device,
     read_json,
     read_tensors,
     read_text,
-    reason,
+    write_atomic,
+    write_text,
 )
+from lora import adapt, merge, task_head, trained_tensors
+from model import Cache, ClassificationHead, Transformer, checkpoint_folder, load
 from molex import MoLEx, MoLExConfig, upcycle
 
 # ------------------------------------------------------------------------------------- tokenization
@@ -540,16 +535,6 @@ def beam_search(
 # ----------------------------------------------------------------------------------- finished runs
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
-    used here."""
-    try:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
-
-
 def autocast(model: Transformer) -> AbstractContextManager:
     """Matrix products in the model's precision."""
     device = model.embed.weight.device.type
@@ -562,54 +547,6 @@ def cast_frozen(model: Transformer) -> None:
         for m in model.layers.blocks.modules():
             if isinstance(m, nn.Linear) and not m.weight.requires_grad:
                 m.to(torch.bfloat16)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block."""
-    come, signals = [], (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda n, _: come.append(n)) for n in signals}
-    try:
-        yield
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-        for n in come:
-            signal.raise_signal(n)
-
-
-def locked(folder: Path) -> AbstractContextManager:
-    """A lock on a run folder, which ends with its process, however that ends. Raises InputError if
-    another process has it, or if there can be no such folder."""
-    path = folder.resolve()
-    file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
-    lock = portalocker.TemporaryFileLock(file, timeout=0)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        print(os.getpid(), file=lock.acquire(), flush=True)
-    except portalocker.AlreadyLocked:
-        holder = file.read_text().strip()
-        raise InputError(f"{folder} is in use by process {holder}; wait for its end") from None
-    except (OSError, portalocker.LockException) as error:
-        raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
-    return lock
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename: a kill leaves the old file or the new one whole.
-    So does a full disk or a missing permission, which raises InputError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with uninterrupted():
-            write(temporary)
-            os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written; is there no room? {reason(error)}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -967,42 +904,6 @@ def read_files(predictions: Path, references: Path) -> tuple[list[str], list[lis
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-def command_line(main: Callable[[], None]) -> None:
-    """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
-    Ctrl-C, in order; the exit code is then 143, or 130."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
-        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong like every other input error, in one line."""
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number, not below `low`."""
-
-    def integer(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return int(text)
-
-    return integer
 
 
 def main() -> None:

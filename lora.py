@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import ClassificationHead, InputError, Transformer, check, fill, read_json, read_tensors
+from files import InputError, check, fill, read_json, read_tensors
+from model import ClassificationHead, Transformer
 
 
 class LoRA(nn.Module):

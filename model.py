@@ -15,130 +15,29 @@ is strict: every parameter is filled and every tensor used or known to be redund
     python model.py                     what each layer of nano/gpt2 adds to a sequence (Eq. 3)
 """
 
-import json
 import math
-import pickle
 import re
 import reprlib
 import tomllib
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-
-class InputError(ValueError):
-    """Something the user can put right; the command line prints it in one line and exits with 2."""
-
-    def __init__(self, message: str) -> None:  # what it quotes of a file may be anything
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)[:900])
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or what kind it is if it has none."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-# --------------------------------------------------------------------------------- a user's files
-
-
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None
-    if not text.strip():
-        raise InputError(f"{path} is empty")
-    return text
-
-
-def parse_json(text: str, where: object, lines: bool = False) -> object:
-    """The value in a JSON text from `where`, or a list of those on its lines. Raises InputError."""
-    if lines:
-        parts = enumerate(text.split("\n"), start=1)
-        return [parse_json(part, f"{where}, line {n}") for n, part in parts if part.strip()]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise InputError(f"{where} is not JSON: {reason(error)}") from None
-
-
-def check(values: object, forms: dict[str, tuple], where: object) -> dict:
-    """`values`, if it is a dictionary that has each name of `forms` in its form: a type, then for
-    numbers the lowest and the highest, then None if it may be null. Raises InputError."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where} holds {reprlib.repr(values)}, not names with values")
-    for name, (kind, *limits) in forms.items():
-        if name not in values:
-            raise InputError(f"{where} lacks {name}")
-        value, number = values[name], kind in (int, float)
-        fits = isinstance(value, int | float if kind is float else kind)
-        if number and fits:
-            fits = not isinstance(value, bool) and limits[0] <= value <= limits[1]
-        if not fits and not (value is None and None in limits):
-            words = f"{kind.__name__} from {limits[0]} to {limits[1]}" if number else kind.__name__
-            raise InputError(f"{where}: {name} is {reprlib.repr(value)}, not {words}")
-    return values
-
-
-COUNT, FEW, SHARE, NUMBER = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1), (float, -1e30, 1e30)
-
-
-def read_json(path: Path, forms: dict[str, tuple] | None = None) -> dict:
-    """The dictionary in a JSON file, see `check`. Raises InputError."""
-    return check(parse_json(read_text(path), path), forms or {}, path)
-
-
-def read_tensors(path: Path, forms: dict[str, tuple] | None = None) -> dict:
-    """The tensors of a .safetensors file, or of one by torch.save: by name, nothing else, unless
-    `forms` say what it has (see `check`). Nothing in it can run. Raises InputError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{part} in it is not what was written")  # torch would not notice
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if not forms and {(type(n), w.layout) for n, w in found.items()} - {(str, torch.strided)}:
-            raise ValueError("it does not hold tensors by name")
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} cannot be read: it is damaged, or holds code") from None
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{path} cannot be read: {reason(error)}") from None
-    return check(found, forms or {}, path)
-
-
-def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: object) -> None:
-    """Raise InputError, naming tensors, unless `have` has the names and shapes of `wanted` and its
-    values are floating-point numbers, none of them NaN or infinite."""
-    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    both = [(n, w, wanted[n].shape) for n, w in have.items() if n in wanted]
-    plain = [(n, w) for n, w, _ in both if w.dtype in floats]
-    for what, names in {
-        "lacks": wanted.keys() - have.keys(),
-        "has unknown": have.keys() - wanted.keys(),
-        "has misshapen": {f"{n} {(*w.shape,)}, not {(*x,)}" for n, w, x in both if w.shape != x},
-        "has quantized": {n for n, _, _ in both} - {n for n, _ in plain},
-        "has NaN or infinite values in": {n for n, w in plain if not w.isfinite().all()},
-    }.items():
-        if names:
-            first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
-            raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
-
-
-@torch.no_grad()
-def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: object) -> None:
-    """Copy their tensors into ours, in place. Raises InputError if they do not fit."""
-    check_tensors(theirs, ours, where)
-    for name, p in ours.items():
-        p.copy_(theirs[name])
-
+from files import (
+    COUNT,
+    FEW,
+    SHARE,
+    InputError,
+    check,
+    check_tensors,
+    locate,
+    read_json,
+    read_tensors,
+    reason,
+)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -578,15 +477,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         shards = read_json(index, {"weight_map": (dict,)})["weight_map"].values()
         files = [folder / name for name in sorted({*map(str, shards)})]
     return {name: w for file in files for name, w in read_tensors(file).items()}
-
-
-def locate(path: str | Path) -> Path:
-    """The path as given or, if nothing is there, beside these scripts ("nano/gpt2")."""
-    beside = Path(__file__).parent / path
-    try:
-        return beside if beside.exists() and not Path(path).exists() else Path(path)
-    except OSError as error:
-        raise InputError(f"{path} is not a path: {error.strerror}") from None
 
 
 def checkpoint_folder(name: str | Path) -> Path:

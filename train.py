@@ -60,40 +60,38 @@ from data import (
 )
 from eval import (
     ROWS,
-    Parser,
-    at_least,
     best_epoch,
     build,
     cast_frozen,
     classify,
-    command_line,
     dev_loss,
     evaluate_run,
     glue_scores,
-    locked,
     paired_bootstrap,
-    pick_device,
     plot_curves,
     read_log,
     read_predictions,
     read_run,
     read_scores,
     summed_loss,
+)
+from files import (
+    InputError,
+    Parser,
+    at_least,
+    check,
+    command_line,
+    fill,
+    locked,
+    pick_device,
+    read_json,
+    read_tensors,
     uninterrupted,
     write_atomic,
     write_text,
 )
 from lora import load_loralib, task_head, trained_tensors
-from model import (
-    InputError,
-    Transformer,
-    check,
-    checkpoint_folder,
-    fill,
-    read_config,
-    read_json,
-    read_tensors,
-)
+from model import Transformer, checkpoint_folder, read_config
 from molex import MoLExConfig, setting
 
 # ----------------------------------------------------------------------------------------- settings

@@ -34,17 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from eval import (
-    Parser,
-    at_least,
-    command_line,
-    decode_test,
-    e2e_scores,
-    load_run,
-    pick_device,
-)
+from eval import decode_test, e2e_scores, load_run
+from files import InputError, Parser, at_least, command_line, pick_device
 from lora import merge
-from model import InputError
 
 SMALL = ["--no-molex", "--epochs", "1"]
 

@@ -71,21 +71,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, Tokenizer
-from eval import (
+from eval import bleu, decode_test, load_run, read_log, read_run
+from files import (
+    NUMBER,
+    InputError,
     Parser,
-    bleu,
     command_line,
-    decode_test,
-    load_run,
+    fill,
     locked,
     pick_device,
-    read_log,
-    read_run,
+    read_json,
     write_atomic,
     write_text,
 )
 from lora import merge, trained_tensors
-from model import NUMBER, InputError, Transformer, fill, read_json
+from model import Transformer
 from molex import MoLEx
 
 Pick = Callable[[int], int]  # slot -> the layer that joins it

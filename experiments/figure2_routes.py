@@ -29,8 +29,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from eval import Parser, command_line, pick_device, plot_routes, read_settings
-from model import InputError, check, parse_json, read_text
+from eval import plot_routes, read_settings
+from files import InputError, Parser, check, command_line, parse_json, pick_device, read_text
 
 PAPER = {"mnli": "mainly middle", "mrpc": "mainly early", "cola": "slot 9 takes 2 in 100%",
          "qqp": "mainly middle"}  # fmt: skip

@@ -91,19 +91,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
-from eval import (
-    Parser,
-    at_least,
-    autocast,
-    beam_search,
-    cast_frozen,
-    command_line,
-    pick_device,
-    summed_loss,
-    write_text,
-)
+from eval import autocast, beam_search, cast_frozen, summed_loss
+from files import InputError, Parser, at_least, command_line, pick_device, write_text
 from lora import add_lora, load_lora, loras, merge, save_lora
-from model import Config, InputError, Transformer, checkpoint_folder, load, read_config
+from model import Config, Transformer, checkpoint_folder, load, read_config
 from molex import MoLExConfig, upcycle
 from train import GraphedStep, Settings, make_optimizer, train_step
 

@@ -41,9 +41,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, collate, group_references, read_e2e
-from eval import Parser, at_least, beam_search, command_line, load_model, pick_device
+from eval import beam_search, load_model
+from files import InputError, Parser, at_least, command_line, pick_device, reason
 from lora import merge
-from model import ClassificationHead, InputError, reason
+from model import ClassificationHead
 from molex import MoLEx
 
 try:

@@ -41,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import Parser, at_least, autocast, cast_frozen, command_line, pick_device
+from eval import autocast, cast_frozen
+from files import Parser, at_least, command_line, pick_device
 from lora import add_lora
 from model import Config, Context, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle

@@ -44,8 +44,8 @@ from make_glue import alter, realise_pair
 
 import train
 from data import GLUE, encode_glue, read_glue
-from eval import Parser, cast_frozen, classify, command_line, load_run, pick_device
-from model import InputError
+from eval import cast_frozen, classify, load_run
+from files import InputError, Parser, command_line, pick_device
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
 PAPER = {  # trained on, evaluated on: LoRA, MoLEx

@@ -39,18 +39,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, encode_glue, read_glue
-from eval import (
-    Parser,
-    accuracy,
-    at_least,
-    cast_frozen,
-    classify,
-    command_line,
-    load_run,
-    pick_device,
-    read_run,
-)
-from model import InputError, Transformer
+from eval import accuracy, cast_frozen, classify, load_run, read_run
+from files import InputError, Parser, at_least, command_line, pick_device
+from model import Transformer
 
 PAPER = {"qnli": {"LoRA": "63.1 ± .2", "LoRA + MoLEx": "64.0 ± .2"},
          "sst2": {"LoRA": "69.3 ± .1", "LoRA + MoLEx": "70.9 ± .2"}}  # fmt: skip

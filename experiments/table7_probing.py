@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, encode_texts, read_e2e
-from eval import Parser, at_least, autocast, command_line, load_model, pick_device
+from eval import autocast, load_model
 from experiments.table7_tasks import FILES, read_senteval, write_tasks
-from model import InputError, Transformer
+from files import InputError, Parser, at_least, command_line, pick_device
+from model import Transformer
 
 PAPER = """
 91.48  4.10 32.00 48.93 50.00 82.27 77.56 73.81 49.87 57.47

@@ -28,8 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import Parser, at_least, command_line, write_text
-from model import InputError
+from files import InputError, Parser, at_least, command_line, write_text
 
 FILES = {  # SentEval's, in the order of Table 7
     "SentLen": "sentence_length", "WC": "word_content", "TreeD": "tree_depth",

@@ -29,7 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE
-from eval import Parser, accuracy, command_line, pick_device, read_scores
+from eval import accuracy, read_scores
+from files import Parser, command_line, pick_device
 
 PAPER = {
     1: {("cola", "matthews"): "64.8 ± .5", ("qqp", "accuracy"): "91.0 ± .0",

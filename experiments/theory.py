@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import Parser, at_least, command_line
+from files import Parser, at_least, command_line
 from model import Context
 from molex import MoLEx, MoLExConfig
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer
-from eval import command_line
-from model import Config, InputError, Transformer, convert, read_config, read_weights
+from files import InputError, command_line
+from model import Config, Transformer, convert, read_config, read_weights
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise
 
 # Ids 0, 1, ...; text never encodes to them. GPT-2's one stands between documents.

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import train
-from eval import command_line
+from files import command_line
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 97

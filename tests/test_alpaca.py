@@ -31,8 +31,9 @@ import eval as evaluation
 import train
 from data import Example, Tokenizer, alpaca_prompt, encode_pairs, read_alpaca
 from eval import load_run
+from files import InputError
 from lora import add_lora, trained_tensors
-from model import Config, InputError, Transformer, load, read_config
+from model import Config, Transformer, load, read_config
 from molex import MoLExConfig, upcycle
 from train import Settings, main, parse, prepare, report
 

@@ -18,7 +18,8 @@ from test_molex import lora_model, molex_model
 import eval as evaluation
 from eval import beam_search
 from experiments import beam_search as script
-from model import Config, Transformer, locate
+from files import locate
+from model import Config, Transformer
 
 # ------------------------------------------------------------ against a search in plain Python
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import train
 from eval import dev_loss, load_run
 from experiments import controls
+from files import locate
 from lora import add_lora
-from model import load, locate
+from model import load
 from molex import MoLExConfig, upcycle
 
 CPU = torch.device("cpu")

@@ -43,7 +43,8 @@ from data import (
     read_e2e,
     shuffled_batches,
 )
-from model import Config, InputError, read_config
+from files import InputError
+from model import Config, read_config
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "e2e"
 CONFIG = Config.from_hf(

@@ -20,8 +20,8 @@ import train
 from data import GLUE
 from eval import build, evaluate_run, plot_routes
 from experiments import figure2_routes as figure2
+from files import locate
 from lora import trained_tensors
-from model import locate
 from molex import MoLEx
 
 CPU = torch.device("cpu")

@@ -40,8 +40,9 @@ from data import (
     encode_texts,
     read_glue,
 )
+from files import InputError
 from lora import loras, trained_tensors
-from model import InputError, load, read_config
+from model import load, read_config
 from train import Settings, main, parse, prepare
 
 ROOT = Path(__file__).parents[1]

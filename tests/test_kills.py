@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import train
+from files import command_line
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {  # 5 steps in two epochs; 6 steps in three
@@ -103,13 +104,13 @@ def run(argv: list[str], home: Path, save_seconds: float, aim: tuple | None) -> 
         if hit and not aim[2]:
             os.kill(os.getpid(), aim[0])
 
-    evaluation.os.replace, evaluation.meteor = aimed, meteor
+    os.replace, evaluation.meteor = aimed, meteor
 
     def main() -> None:
         Path("begun").touch()
         train.main()
 
-    evaluation.command_line(main)
+    command_line(main)
 
 
 def plain(x):

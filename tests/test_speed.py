@@ -14,7 +14,7 @@ import torch
 
 from experiments import speed
 from experiments.speed import ALONE, GOALS, LORA, MOLEX, THEIRS
-from model import InputError
+from files import InputError
 
 CPU = torch.device("cpu")
 SMALL = {  # SHAPES, smaller

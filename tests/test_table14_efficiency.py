@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.table14_efficiency import ALPACA, LLAMA, LORA, count, main, measure, row
+from files import InputError
 from lora import add_lora
-from model import Config, InputError, load
+from model import Config, load
 from molex import upcycle
 
 # As in Table 14: total, trainable and their share, FLOP of a sample.

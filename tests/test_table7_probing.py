@@ -21,11 +21,12 @@ from conftest import need_shared, tiny
 from safetensors.torch import save_file
 
 from data import Tokenizer, read_e2e
-from eval import build, write_text
+from eval import build
 from experiments import table7_probing as probing
 from experiments import table7_tasks as making
 from experiments.table7_probing import GRID, Probes, features, probe
 from experiments.table7_tasks import FILES, make_tasks, read_senteval, sentences, swaps
+from files import write_text
 from lora import trained_tensors
 from model import checkpoint_folder, load
 from molex import MoLExConfig, upcycle

@@ -15,7 +15,7 @@ from conftest import need_shared
 from data import encode_glue, read_glue
 from eval import classify, load_run
 from experiments import table8_topk as table8
-from model import locate
+from files import locate
 
 
 @pytest.fixture(scope="module")

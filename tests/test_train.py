@@ -40,8 +40,9 @@ from data import (
     group_references,
     read_e2e,
 )
+from files import InputError
 from lora import trained_tensors
-from model import InputError, Layers, Transformer
+from model import Layers, Transformer
 from molex import MoLExConfig
 from train import GraphedStep, Settings, main, make_optimizer, parse, prepare, train_step
 
@@ -466,17 +467,17 @@ def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kill
 def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
     """Whichever file of the last epoch is the first not to be written, the next start makes up."""
     monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
-    s, rename = settings("--epochs 1"), evaluation.os.replace
+    s, rename = settings("--epochs 1"), os.replace
 
     def dies(source, target):
         if Path(target).name == name:
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(evaluation.os, "replace", dies)
+    monkeypatch.setattr("files.os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
         train.train(s, tmp_path, CPU)
-    monkeypatch.setattr(evaluation.os, "replace", rename)
+    monkeypatch.setattr("files.os.replace", rename)
     train.train(s, tmp_path, CPU)
     assert (tmp_path / "adapter.safetensors").exists()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -1,0 +1,243 @@
+"""A user's files, and errors in one line. Nothing of the method is here: not to be read first.
+
+What is read is checked where it is read, against what is expected; what is written replaces the old
+file whole or not at all; a folder in use is locked. Whatever a user can put right is an InputError,
+which `command_line` prints in one line, with exit code 2. All other files import from this one.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import reprlib
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import portalocker
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user can put right; the command line prints it in one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:  # what it quotes of a file may be anything
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)[:900])
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or what kind it is if it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def parse_json(text: str, where: object, lines: bool = False) -> object:
+    """The value in a JSON text from `where`, or a list of those on its lines. Raises InputError."""
+    if lines:
+        parts = enumerate(text.split("\n"), start=1)
+        return [parse_json(part, f"{where}, line {n}") for n, part in parts if part.strip()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise InputError(f"{where} is not JSON: {reason(error)}") from None
+
+
+def check(values: object, forms: dict[str, tuple], where: object) -> dict:
+    """`values`, if it is a dictionary that has each name of `forms` in its form: a type, then for
+    numbers the lowest and the highest, then None if it may be null. Raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds {reprlib.repr(values)}, not names with values")
+    for name, (kind, *limits) in forms.items():
+        if name not in values:
+            raise InputError(f"{where} lacks {name}")
+        value, number = values[name], kind in (int, float)
+        fits = isinstance(value, int | float if kind is float else kind)
+        if number and fits:
+            fits = not isinstance(value, bool) and limits[0] <= value <= limits[1]
+        if not fits and not (value is None and None in limits):
+            words = f"{kind.__name__} from {limits[0]} to {limits[1]}" if number else kind.__name__
+            raise InputError(f"{where}: {name} is {reprlib.repr(value)}, not {words}")
+    return values
+
+
+COUNT, FEW, SHARE, NUMBER = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1), (float, -1e30, 1e30)
+
+
+def read_json(path: Path, forms: dict[str, tuple] | None = None) -> dict:
+    """The dictionary in a JSON file, see `check`. Raises InputError."""
+    return check(parse_json(read_text(path), path), forms or {}, path)
+
+
+def read_tensors(path: Path, forms: dict[str, tuple] | None = None) -> dict:
+    """The tensors of a .safetensors file, or of one by torch.save: by name, nothing else, unless
+    `forms` say what it has (see `check`). Nothing in it can run. Raises InputError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{part} in it is not what was written")  # torch would not notice
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not forms and {(type(n), w.layout) for n, w in found.items()} - {(str, torch.strided)}:
+            raise ValueError("it does not hold tensors by name")
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} cannot be read: it is damaged, or holds code") from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} cannot be read: {reason(error)}") from None
+    return check(found, forms or {}, path)
+
+
+def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: object) -> None:
+    """Raise InputError, naming tensors, unless `have` has the names and shapes of `wanted` and its
+    values are floating-point numbers, none of them NaN or infinite."""
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    both = [(n, w, wanted[n].shape) for n, w in have.items() if n in wanted]
+    plain = [(n, w) for n, w, _ in both if w.dtype in floats]
+    for what, names in {
+        "lacks": wanted.keys() - have.keys(),
+        "has unknown": have.keys() - wanted.keys(),
+        "has misshapen": {f"{n} {(*w.shape,)}, not {(*x,)}" for n, w, x in both if w.shape != x},
+        "has quantized": {n for n, _, _ in both} - {n for n, _ in plain},
+        "has NaN or infinite values in": {n for n, w in plain if not w.isfinite().all()},
+    }.items():
+        if names:
+            first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+            raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
+
+
+@torch.no_grad()
+def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: object) -> None:
+    """Copy their tensors into ours, in place. Raises InputError if they do not fit."""
+    check_tensors(theirs, ours, where)
+    for name, p in ours.items():
+        p.copy_(theirs[name])
+
+
+def locate(path: str | Path) -> Path:
+    """The path as given or, if nothing is there, beside these scripts ("nano/gpt2")."""
+    beside = Path(__file__).parent / path
+    try:
+        return beside if beside.exists() and not Path(path).exists() else Path(path)
+    except OSError as error:
+        raise InputError(f"{path} is not a path: {error.strerror}") from None
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block."""
+    come, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda n, _: come.append(n)) for n in signals}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+        for n in come:
+            signal.raise_signal(n)
+
+
+def locked(folder: Path) -> AbstractContextManager:
+    """A lock on a run folder, which ends with its process, however that ends. Raises InputError if
+    another process has it, or if there can be no such folder."""
+    path = folder.resolve()
+    file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
+    lock = portalocker.TemporaryFileLock(file, timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        print(os.getpid(), file=lock.acquire(), flush=True)
+    except portalocker.AlreadyLocked:
+        holder = file.read_text().strip()
+        raise InputError(f"{folder} is in use by process {holder}; wait for its end") from None
+    except (OSError, portalocker.LockException) as error:
+        raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
+    return lock
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename: a kill leaves the old file or the new one whole.
+    So does a full disk or a missing permission, which raises InputError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with uninterrupted():
+            write(temporary)
+            os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written; is there no room? {reason(error)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
+    used here."""
+    try:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
+    Ctrl-C, in order; the exit code is then 143, or 130."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong like every other input error, in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, not below `low`."""
+
+    def integer(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return integer
