@@ -63,8 +63,8 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        self.words = regex.compile(pattern)
         self.lacks = bytes(b for s, b in symbols.items() if s not in vocab)
+        self.words = regex.compile(pattern) if self.lacks else None
         self.to_id = [vocab.get(s) for s in order]
         self.to_rank = {i: rank for rank, i in enumerate(self.to_id) if i is not None}
 
@@ -94,7 +94,7 @@ class Tokenizer:
             return cls(vocab, merges, pattern, config, start)
         except InputError:
             raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, regex.error) as error:
             raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
 
     def encode(self, text: str) -> list[int]:
