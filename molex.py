@@ -70,7 +70,7 @@ class MoLExConfig:
                 raise InputError(f"{f.name} is {value!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
-        if any(t not in range(T) for t in self.layers or ()):
+        if any(type(t) is not int or t not in range(T) for t in self.layers or ()):
             span = f"{self.layers[0]}-{self.layers[-1]}"
             raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")
         inside = 0 < self.alpha < 1 if self.learn_alpha else 0 <= self.alpha <= 1

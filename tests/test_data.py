@@ -238,8 +238,9 @@ def test_a_normalizer_is_refused(train, tmp_path):
         ({"tokenizer.json": '{"model": {"type": "Unigram", "vocab": []}, "normalizer": null, '
           '"pre_tokenizer": {"type": "ByteLevel"}}'}, "cannot be read: KeyError"),
         ({"tokenizer.json": r"""{"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {
-          "pretokenizers": [{"type": "Split", "pattern": {"Regex": "a\\z"}, "behavior": "Isolated"},
-          {"type": "ByteLevel", "use_regex": false}]}}"""}, "cannot be read: .*bad escape"),
+          "pretokenizers": [{"type": "Split", "behavior": "Isolated", "pattern": {
+          "Regex": "[a\\z]"}}, {"type": "ByteLevel", "use_regex": false}]}}"""},
+         "cannot be read: .*bad escape"),
     ],
 )  # fmt: skip
 def test_no_tokenizer(tmp_path, files, message):

@@ -634,6 +634,8 @@ def test_table_14s_parameters():
         (dict(top_k=5), "top-k is 5, but the model has 4 layers"),
         (dict(layers=tuple(range(12))), "layers 0-11 are to mix, but the model has layers 0-3"),
         (dict(layers=(-1, 2)), "layers -1-2 are to mix"),
+        (dict(layers=[0, 2.0]), "layers 0-2.0 are to mix"),
+        (dict(layers=[0, True]), "layers 0-True are to mix"),
         (dict(alpha=1.01), "alpha is 1.01, not between 0 and 1"),
         (dict(alpha=-0.1), "alpha is -0.1, not between 0 and 1"),
         (dict(alpha=math.nan), "alpha is nan, not between 0 and 1"),
