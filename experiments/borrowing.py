@@ -49,8 +49,10 @@ def plot(layers: list[float], others: dict[str, float], path: Path) -> None:
     for i, (name, rise) in enumerate(others.items(), 1):
         panel.axhline(rise, color=f"C{i}", linewidth=1, linestyle="--", label=name)
     panel.set(xlabel="layer that joins every slot", ylabel="rise of the loss, nats")
-    panel.set_yscale("symlog", linthresh=0.1)
-    panel.legend(fontsize=7)
+    if min(*layers, *others.values()) > 0:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+    figure.legend(fontsize=7, loc="outside right upper")
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
