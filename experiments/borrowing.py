@@ -26,6 +26,8 @@ from files import InputError, Parser, at_least, command_line, fill, pick_device,
 from model import Transformer
 from molex import MoLExConfig, upcycle
 
+GATE = ("layers.gates", "layers.alpha")  # how its tensors' names begin
+
 
 @torch.no_grad()
 def text_loss(model: Transformer, texts: list[list[int]]) -> float:
@@ -70,7 +72,7 @@ def main() -> None:
         config, tensors = read_run(folder)
         if config["model"] != args.model or not config["molex"]:
             raise InputError(f"{folder} is no run of {args.model} with MoLEx")
-        gate = {n: w for n, w in tensors.items() if n.startswith(("layers.gates", "layers.alpha"))}
+        gate = {n: w for n, w in tensors.items() if n.startswith(GATE)}
         gates["/".join(folder.parts[-2:])] = MoLExConfig(**config["molex"]), gate
     model, tokenizer = load_model(args.model, pick_device())
     if model.config.family == "roberta":
@@ -78,17 +80,15 @@ def main() -> None:
     if args.task == "e2e":
         texts = [reference for _, reference in read_e2e(args.data, "dev")]
     else:
-        texts = [
-            " ".join(parts) for parts, _ in read_glue(args.data, args.task, GLUE[args.task].dev[0])
-        ]
+        rows = read_glue(args.data, args.task, GLUE[args.task].dev[0])
+        texts = [" ".join(parts) for parts, _ in rows]
     longest = model.config.max_positions
     texts = [ids[:longest] for text in texts if len(ids := tokenizer.encode(text)) > 1]
     texts = texts[: args.texts]
 
     plain, T = text_loss(model, texts), model.config.n_layer
-    print(
-        f"{args.model}, {len(texts)} texts: {plain:.3f} nats a token\n\n{'borrowed':32}{'rise':>8}"
-    )
+    print(f"{args.model}, {len(texts)} texts: {plain:.3f} nats a token\n")
+    print(f"{'borrowed':32}{'rise':>8}")
 
     def rise(name: str) -> float:
         found = text_loss(model, texts) - plain
@@ -104,12 +104,8 @@ def main() -> None:
     others = {"the neighbour": rise("the neighbour")}
     for name, (molex, tensors) in gates.items():
         upcycle(model, molex)
-        ours = {n: p for n, p in model.named_parameters() if n.startswith("layers.")}
-        fill(
-            {n: p for n, p in ours.items() if n.startswith(("layers.gates", "layers.alpha"))},
-            tensors,
-            f"the gate of {name} does not fit: it",
-        )
+        gate = {n: p for n, p in model.named_parameters() if n.startswith(GATE)}
+        fill(gate, tensors, f"the gate of {name} does not fit: it")
         others[name] = rise(name)
     args.out.mkdir(parents=True, exist_ok=True)
     plot(layers, others, args.out / "borrowing.png")
