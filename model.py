@@ -42,15 +42,10 @@ from files import (
 # ------------------------------------------------------------------------------------ configuration
 
 FAMILIES = tomllib.loads((Path(__file__).parent / "families.toml").read_text("utf-8"))
-NAMES = dict(  # ours -> config.json's, in every family
-    n_kv_head="num_key_value_heads", d_head="head_dim", tied="tie_word_embeddings",
-    bias="attention_bias", bos="bos_token_id", eos="eos_token_id", pad="pad_token_id",
-)  # fmt: skip
-FORMS = dict(  # see `check`
-    vocab_size=COUNT, d_model=COUNT, n_layer=FEW, n_head=FEW, n_kv_head=FEW, d_head=COUNT,
-    d_ff=COUNT, max_positions=COUNT, norm_eps=SHARE, activation=(str,), tied=(bool,), bias=(bool,),
-    dropout=SHARE,
-)  # fmt: skip
+NAMES = FAMILIES.pop("names")  # ours -> config.json's, in every family
+FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)  # see `check`
+FORMS |= dict.fromkeys("n_layer n_head n_kv_head".split(), FEW)
+FORMS |= dict(activation=(str,), norm_eps=SHARE, dropout=SHARE, tied=(bool,), bias=(bool,))
 
 
 @dataclass(frozen=True)
@@ -224,9 +219,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, key: tuple) -> Tensor:
         B, N, _ = x.shape
-        # (B, N, heads * d) -> (B, heads, N, d)
-        q, k, v = (p(x).view(B, N, -1, self.config.d_head).transpose(1, 2)
-                   for p in (self.q, self.k, self.v))  # fmt: skip
+        heads = (p(x).view(B, N, -1, self.config.d_head) for p in (self.q, self.k, self.v))
+        q, k, v = (p.transpose(1, 2) for p in heads)  # (B, heads, N, d)
         if not x.is_cuda:  # the CPU's attention in bfloat16 is slow backwards
             q, k, v = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (q, k, v))
         if ctx.rope is not None:
@@ -238,11 +232,10 @@ class Attention(nn.Module):
         groups = self.config.n_head // self.config.n_kv_head
         if groups > 1 and x.is_cuda:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        how = dict(attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None)
+        how |= dict(dropout_p=self.config.dropout * self.training, enable_gqa=not x.is_cuda)
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None,
-                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=not x.is_cuda,
-            )  # fmt: skip
+            y = F.scaled_dot_product_attention(q, k, v, **how)
         return self.o(y.transpose(1, 2).reshape(B, N, -1))
 
 
@@ -435,11 +428,8 @@ class Transformer(nn.Module):
 
 # ---------------------------------------------------------------------------------------- loading
 
-# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler; and
-# those that are mostly another one again.
+# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler.
 REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$"
-AGAIN = {"head.weight": "embed.weight", "head.decoder.weight": "embed.weight",
-         "head.decoder.bias": "head.bias"}  # fmt: skip
 
 
 def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -460,7 +450,7 @@ def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
             out[name] = w[:1]
         else:
             out[name] = w
-    for name, other in AGAIN.items():
+    for name, other in config.hub["again"].items():
         if config.tied and name in out and other in out and torch.equal(out[name], out[other]):
             del out[name]
     return out
@@ -545,11 +535,14 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
 
 if __name__ == "__main__":
     model, ids = load("nano/gpt2"), torch.arange(100, 116)[None]
-    for t, block in enumerate(model.layers.blocks):
-        block.register_forward_hook(
-            lambda _, args, z, t=t: print(f"layer {t}: z has norm {args[0].norm():6.1f},"
-                                          f" u_{t}(z) {(z - args[0]).norm():6.1f}")
-        )  # fmt: skip
+    blocks = [*model.layers.blocks]
+
+    def show(block: Block, inputs: tuple, z: Tensor) -> None:
+        t, u = blocks.index(block), z - inputs[0]
+        print(f"layer {t}: z has norm {inputs[0].norm():6.1f}, u_{t}(z) {u.norm():6.1f}")
+
+    for block in blocks:
+        block.register_forward_hook(show)
     with torch.no_grad():
         logits = model(ids)
     print(f"logits {tuple(logits.shape)}, the likeliest next token is {logits[0, -1].argmax()}")

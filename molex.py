@@ -27,6 +27,7 @@ index into it that the CPU never reads. So a step never waits, and can be a CUDA
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import chain
 
 import torch
@@ -56,8 +57,7 @@ class MoLExConfig:
     top_k: int = setting(1, "layers chosen for each slot (K)")
     alpha: float = setting(0.95, "share of the slot's own layer; where it starts if learned")
     learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
-    gate_weight: str = setting("renormalised", "two readings of w_j, see MoLEx.weights",
-                               "renormalised", "prob")  # fmt: skip
+    gate_weight: str = setting("renormalised", "a reading of w_j (README)", "renormalised", "prob")
     route: str = setting("batch", "who decides on the layers", "batch", "sequence")
     layers: tuple[int, ...] | None = setting(None, "slots that mix, first-last; E2E: the first 12")
     on_device: bool = setting(False, "chosen layers by an index that the CPU never reads, for CUDA")
@@ -120,10 +120,9 @@ class MoLEx(nn.Module):
         self.blocks, self.config = blocks, config
         self.slots = sorted(set(range(T) if config.layers is None else config.layers))
         copies = len(self.slots) if config.individual_gates else 1
-        self.gates = nn.ModuleList(
-            LinearGate(d_model, T) if config.gate == "linear"
-            else CosineGate(d_model, T, config.proj_dim) for _ in range(copies)
-        )  # fmt: skip
+        cosine = partial(CosineGate, proj_dim=config.proj_dim)
+        gate = cosine if config.gate == "cosine" else LinearGate
+        self.gates = nn.ModuleList(gate(d_model, T) for _ in range(copies))
         if config.learn_alpha:  # a free parameter behind a sigmoid stays a mixture at any step size
             start = math.log(config.alpha / (1 - config.alpha))
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
@@ -165,8 +164,8 @@ class MoLEx(nn.Module):
         self.sums.zero_()
         learned, n = self.config.learn_alpha, max(1, votes)
         alpha = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
-        return dict(changed=changed / n, own=own / n, affinity=affinity / n,
-                    balance=balance / max(1, passes), alpha=alpha)  # fmt: skip
+        means = dict(changed=changed / n, own=own / n, affinity=affinity / n)
+        return means | dict(balance=balance / max(1, passes), alpha=alpha)
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
@@ -206,19 +205,20 @@ class MoLEx(nn.Module):
             picks = self.choose(t, log_a, best, ctx)
             w = self.weights(log_a, picks)
             if self.config.on_device:
-                others = [(w_k, self.borrow(picks[0, k : k + 1], z, ctx, (t, f"pick {k}")))
-                          for k, w_k in enumerate(w.split(1, dim=-1))]  # fmt: skip
+                chosen = enumerate(picks[0].split(1))
+                others = [self.borrow(j, z, ctx, (t, f"pick {k}")) for k, j in chosen]
+                shares = w.split(1, dim=-1)
             else:
-                others = [((w * (picks == j)[:, None]).sum(-1, keepdim=True),
-                           self.blocks[j](z, ctx, (t, j)) if j != t else None)
-                          for j in sorted({*picks.flatten().tolist()})]  # fmt: skip
+                chosen = sorted({*picks.flatten().tolist()})
+                others = [self.blocks[j](z, ctx, (t, j)) if j != t else None for j in chosen]
+                shares = [(w * (picks == j)[:, None]).sum(-1, keepdim=True) for j in chosen]
         if z.is_cuda:
             main.wait_stream(self.side)
-            for x in chain(*others, *self.made[-1:]):
+            for x in chain(shares, others, *self.made[-1:]):
                 if x is not None:
                     x.record_stream(main)
-        u = own - z
-        terms = [w_j * (u if other is None else other - z) for w_j, other in others]
+        u, pairs = own - z, zip(shares, others, strict=True)
+        terms = [w_j * (u if other is None else other - z) for w_j, other in pairs]
         v = sum(terms[1:], start=terms[0])
         # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
@@ -229,9 +229,11 @@ class MoLEx(nn.Module):
         groups = defaultdict(dict)
         for name, p in self.blocks[0].named_parameters():
             groups[p.dtype, p.requires_grad][name] = p.shape
-        return [(shapes, torch.cat([block.get_parameter(name).flatten() for block in self.blocks
-                                    for name in shapes]).view(len(self.blocks), -1))
-                for shapes in groups.values()]  # fmt: skip
+        bank = []
+        for shapes in groups.values():
+            rows = [block.get_parameter(name).flatten() for block in self.blocks for name in shapes]
+            bank.append((shapes, torch.cat(rows).view(len(self.blocks), -1)))
+        return bank
 
     def borrow(self, j: Tensor, z: Tensor, ctx: Context, key: tuple) -> Tensor:
         """Layer j, a number (1,) that only the device knows: any block with the weights in row j.
