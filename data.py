@@ -204,8 +204,8 @@ def e2e_file(folder: str | Path, split: str) -> Path:
     """The file of a split. Raises InputError if it is not there."""
     path = locate(folder) / (E2E_TOKENIZED if is_tokenized(folder) else E2E_FILES)[split]
     if not path.is_file():
-        raise InputError(f"{path} is missing; --data DIR must hold {', '.join(E2E_FILES.values())},"
-                         f" or {', '.join(E2E_TOKENIZED.values())} of the LoRA code")  # fmt: skip
+        names, other = (", ".join(files.values()) for files in (E2E_FILES, E2E_TOKENIZED))
+        raise InputError(f"{path} is missing; --data DIR must hold {names}, or LoRA's {other}")
     return path
 
 
@@ -291,8 +291,8 @@ def glue_file(folder: str | Path, task: str, split: str) -> Path:
     path = locate(folder) / GLUE[task].folder / f"{split}.tsv"
     if not path.is_file():
         has = [t.folder for t in GLUE.values() if (locate(folder) / t.folder).is_dir()]
-        raise InputError(f"{path} is missing; {folder} has {', '.join(has) or 'no task of GLUE'};"
-                         " --data DIR must hold GLUE's own folders, such as RTE")  # fmt: skip
+        has = ", ".join(has) or "no task of GLUE, whose own folders it must hold, such as RTE"
+        raise InputError(f"{path} is missing; --data {folder} has {has}")
     return path
 
 
@@ -308,8 +308,8 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         split = split.replace("dev", "validation")
         table = _from_hub(GLUE_HUB, "DIR", GLUE_HUB, task, split=split)
         columns = [name for name in table.column_names if name not in ("label", "idx")]
-        return list(zip(zip(*(table[name] for name in columns), strict=True), table["label"],
-                        strict=True))  # fmt: skip
+        texts = zip(*(table[name] for name in columns), strict=True)
+        return list(zip(texts, table["label"], strict=True))
     path = glue_file(folder, task, split)
     rows = [line.split("\t") for line in read_text(path).rstrip("\n").split("\n")]
     header = spec.header or tuple(rows.pop(0))
@@ -367,12 +367,11 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
         text = read_text(locate(file))
         rows = parse_json(text, file, lines=text.lstrip()[0] != "[")  # else it is one list
     pairs = []
-    for number, row in enumerate(rows, start=1):
-        texts = [row.get(n) or "" for n in ALPACA_FIELDS] if isinstance(row, dict) else [None]
+    for n, row in enumerate(rows, start=1):
+        texts = [row.get(f) or "" for f in ALPACA_FIELDS] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or not (texts[0] and texts[2]):
             if file is not None:
-                raise InputError(f"{file}, example {number} lacks an instruction or an output, or"
-                                 " has one that is no text")  # fmt: skip
+                raise InputError(f"{file}, example {n} lacks an instruction or an output text")
             continue  # the hub's data have a few empty outputs
         instruction, context, output = texts
         pairs.append((alpaca_prompt(instruction, context), output))

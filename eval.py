@@ -495,8 +495,8 @@ def beam_search(
         # 2 x beams candidates: even if half of them end here, enough are left to go on with
         score, index = total.topk(beams if lora else 2 * beams)
         beam, token = index // log_p.shape[-1], index % log_p.shape[-1]
-        grown = torch.cat([open_ids.gather(1, beam[..., None].expand(-1, -1, s - 1)),
-                           token[..., None]], dim=-1)  # fmt: skip
+        before = open_ids.gather(1, beam[..., None].expand(-1, -1, s - 1))
+        grown = torch.cat([before, token[..., None]], dim=-1)
         ends = (token == eos) | (s == max_new_tokens)
 
         # Finished: those among the first `beams` candidates that end, merged with earlier ones.

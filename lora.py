@@ -162,12 +162,11 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
             key = f"base_model.model.{layers}.{i}.{path}"
             tensors[f"{key}.lora_A.weight"] = A.detach().cpu().contiguous()
             tensors[f"{key}.lora_B.weight"] = B.detach().cpu().contiguous()
-    config = dict(
-        peft_type="LORA", base_model_name_or_path=base, task_type=None, inference_mode=True,
-        r=one.r * factor, lora_alpha=one.alpha * factor, lora_dropout=one.dropout, bias="none",
-        fan_in_fan_out=family == "gpt2",  # "dense" alone would name others, too
-        target_modules=sorted(re.sub(r"^(attn|self_attn|attention.self)\.", "", p) for p in pairs),
-    )  # fmt: skip
+    config = dict(peft_type="LORA", base_model_name_or_path=base, task_type=None, bias="none")
+    config |= dict(r=one.r * factor, lora_alpha=one.alpha * factor, lora_dropout=one.dropout)
+    config |= dict(inference_mode=True, fan_in_fan_out=family == "gpt2")
+    parent = r"^(attn|self_attn|attention.self)\."  # "dense" alone would name others, too
+    config["target_modules"] = sorted(re.sub(parent, "", path) for path in pairs)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1025,7 +1025,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--max-length 5", "2 texts do not fit into 5 tokens; raise --max-length"),
         ("--tune all", "--tune"),
         ("--task e2e", "is an encoder, which cannot write text"),
-        ("--data {tmp}", "has no task of GLUE; --data DIR must hold GLUE's own folders"),
+        ("--data {tmp}", "has no task of GLUE, whose own folders it must hold"),
         ("--data {part} --task glue", "STS-B/dev.tsv is missing"),
         ("--data {broken}", "RTE/dev.tsv, line 2: label 'perhaps' is not one of"),
     ],
