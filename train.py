@@ -43,6 +43,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data import (
@@ -110,8 +112,7 @@ class Settings:
     init: str | None = None  # a run, or a .bin file, to start from
     shape: str = ""  # the model of [models] in paper.toml that has this one's shape
     differs: dict = field(default_factory=dict)  # setting -> [ours, the preset's]
-    tune: str = setting("lora", "what is trained: full is everything, bitfit every bias",
-                        "lora", "full", "bitfit")  # fmt: skip
+    tune: str = setting("lora", "or train every weight, or every bias", "lora", "full", "bitfit")
     epochs: int = setting(5, "passes over the training set")
     max_steps: int | None = setting(None, "stop, and end the decay, after so many optimizer steps")
     batch_size: int = setting(8, "sequences per optimizer step, over all processes")
@@ -199,23 +200,22 @@ def make_parser() -> Parser:
     """A flag for every `setting` of the two dataclasses; what is not given is left out of the
     result."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="hub name or folder (default: nano/gpt2, for GLUE"
-                        " nano/roberta, and --compare)")  # fmt: skip
-    parser.add_argument("--task", choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e",
-                        type=lambda name: name.lower().replace("-", ""),  # also SST-2
-                        help="glue: all eight tasks in turn (e2e)")  # fmt: skip
-    parser.add_argument("--data", help="folder of the official files, for Alpaca a JSON or JSONL"
-                        " file (default: from the hub)")  # fmt: skip
+    parser.add_argument("--model", help="hub name or folder (nano/gpt2 or /roberta, --compare)")
+    task = dict(choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e")
+    task["type"] = lambda name: name.lower().replace("-", "")  # also SST-2
+    parser.add_argument("--task", help="glue: all eight tasks in turn (e2e)", **task)
+    parser.add_argument("--data", help="folder of official files, Alpaca: a JSON file (the hub)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="one run each")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
-    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN",
-                        help="finished run of the same model to start from: its LoRA, and its gate"
-                        " and alpha if they have the same shape; or a .bin LoRA of the public LoRA"
-                        " code (made with --lora-alpha 16); with --compare, one with MoLEx and one"
-                        " without. --task glue: MRPC, RTE, STS-B alone (Table 9)")  # fmt: skip
+    start = (
+        "finished run of the same model to start from: its LoRA, and a gate of the same shape; or a"
+        " .bin file of the public LoRA code (made with --lora-alpha 16); with --compare, one with"
+        " MoLEx and one without; with --task glue, MRPC, RTE, STS-B alone start there (Table 9)"
+    )
+    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN", help=start)
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     for name, f in FLAGS.items():
@@ -239,15 +239,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     model = args.model or ("nano/gpt2" if decode else "nano/roberta")
     config = read_config(checkpoint_folder(model))
     if decode and config.family == "roberta":
-        raise InputError(f"{model} is an encoder, which cannot write text; take a decoder such as"
-                         " gpt2-medium, or a task of GLUE")  # fmt: skip
+        raise InputError(f"{model} is an encoder, which cannot write text; try --model gpt2-medium")
     given = {n: v for n, v in vars(args).items() if n in FLAGS}
     tasks = [*GLUE] if args.task == "glue" else [args.task]
     methods = [False] if args.no_molex else [True]
     if args.compare or (args.model is None and not args.no_molex):
         methods = [False, True]
-    shape = next((n for n, known in PAPER["models"].items()
-                  if known == [config.family, config.n_layer, config.d_model]), "")  # fmt: skip
+    size = [config.family, config.n_layer, config.d_model]
+    shape = next((name for name, known in PAPER["models"].items() if known == size), "")
     runs: list[Settings] = []
     for task in tasks:
         pair, theirs = [], preset(shape, task)[0]
@@ -265,12 +264,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             chosen = base | inherited | given  # the precedence of all settings
             molex = MoLExConfig(**{n: chosen[n] for n in GATE})
             molex.check(config.n_layer)
-            pair.append(Settings(
-                model=model, task=task, data=data, seed=0, init=init, shape=shape,
-                molex=molex if mixes else None, **{n: chosen[n] for n in OWN},
-                differs={n: [chosen[n], base[n]] for n in OWN + GATE * mixes
-                         if chosen[n] != base[n] and n not in HOW},
-            ))  # fmt: skip
+            other = [n for n in OWN + GATE * mixes if chosen[n] != base[n] and n not in HOW]
+            own = {n: chosen[n] for n in OWN} | dict(init=init, molex=molex if mixes else None)
+            own["differs"] = {n: [chosen[n], base[n]] for n in other}
+            pair.append(Settings(model=model, task=task, data=data, seed=0, shape=shape, **own))
         runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
     for name, value in given.items():
         if name in OWN and not isinstance(value, str):
@@ -324,9 +321,10 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
+Splits = dict[str, list[Example]]  # name of a dev split -> its examples
 
 
-def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -> dict[str, float]:
+def dev_scores(model: Transformer, dev: Splits, s: Settings) -> dict[str, float]:
     """What an epoch is judged by: the task's metric in GLUE, otherwise the loss."""
     if s.task in GLUE:
         found = {split: classify(model, examples, s.eval_batch) for split, examples in dev.items()}
@@ -335,9 +333,8 @@ def dev_scores(model: Transformer, dev: dict[str, list[Example]], s: Settings) -
 
 
 def train_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, examples: list[Example] | Batch,
-    s: Settings,
-) -> Tensor:  # fmt: skip
+    model: Transformer, optimizer: Optimizer, examples: list[Example] | Batch, s: Settings
+) -> Tensor:
     """One optimizer step on one batch; returns its loss (a tensor, so that nothing waits for it).
 
     Every process gets the whole batch and takes every n-th sequence. The loss is a mean over all
@@ -371,7 +368,7 @@ class GraphedStep:
     is, and what is made lazily is made; the second is captured.
     """
 
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, s: Settings) -> None:
+    def __init__(self, model: Transformer, optimizer: Optimizer, s: Settings) -> None:
         self.model, self.optimizer, self.s = model, optimizer, s
         self.device, self.steps, self.pool = model.embed.weight.device, {}, None
 
@@ -432,8 +429,9 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     InputError if its steps cannot be CUDA graphs and are to be."""
     alone = device.type == "cuda" and s.accumulate == world()[1] == 1
     if s.cuda_graphs and not (alone and (s.molex is None or s.molex.on_device)):
-        raise InputError("--cuda-graphs needs a GPU, one process, --accumulate 1 and, with MoLEx,"
-                         " --on-device")  # fmt: skip
+        raise InputError(
+            "--cuda-graphs needs a GPU, one process, --accumulate 1, MoLEx --on-device"
+        )
     torch.manual_seed(s.seed)
     model, tokenizer = build(asdict(s), device)
     if s.init:
@@ -447,9 +445,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     return model.train(), tokenizer
 
 
-def make_optimizer(
-    model: Transformer, s: Settings, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimizer, LambdaLR]:
     """AdamW; linear warm-up from zero, then linear decay to zero at `steps`, as in transformers and
     the LoRA code. Biases and norms do not decay; nor does a learned alpha, whose decay would pull
     it towards 1/2 (appendix B.1 speaks of the gates)."""
@@ -460,20 +456,18 @@ def make_optimizer(
             groups[s.gate_lr, decay].append(p)
         else:
             groups[s.lr, s.weight_decay if p.dim() > 1 else 0.0].append(p)
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         [dict(params=ps, lr=lr, weight_decay=decay) for (lr, decay), ps in groups.items()],
         eps=s.adam_eps,
     )
     warm = s.warmup if s.warmup >= 1 else math.ceil(s.warmup * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    schedule = LambdaLR(
         optimizer, lambda t: t / warm if t < warm else (steps - t) / max(1, steps - warm)
     )
     return optimizer, schedule
 
 
-def read_data(
-    s: Settings, tokenizer: Tokenizer, limit: int
-) -> tuple[list[Example], dict[str, list[Example]]]:
+def read_data(s: Settings, tokenizer: Tokenizer, limit: int) -> tuple[list[Example], Splits]:
     """The training examples, and those of each dev split."""
     splits = ("train", *(GLUE[s.task].dev if s.task in GLUE else ("dev",)))
     data = {split: read_examples(tokenizer, s.task, s.data, split, limit) for split in splits}
@@ -492,9 +486,8 @@ def origin(s: Settings) -> dict:
     """What a run is made of, for origin.json and last.pt: settings, SHA-256 of the files it reads
     (not of what comes from the hub's data sets), versions, command and date."""
     home, model = Path(__file__).parent, checkpoint_folder(s.model)
-    kinds = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors*",
-             "pytorch_model.bin")  # fmt: skip
-    files = sorted(f for kind in kinds for f in model.glob(kind))
+    kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
+    files = sorted(f for kind in kinds.split() for f in model.glob(kind))
     hashes = {}
     for path in files + data_files(s.task, s.data):
         with path.open("rb") as file:
@@ -503,8 +496,8 @@ def origin(s: Settings) -> dict:
     known = (home / ".git").exists() and shutil.which("git")
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, commit=commit)
-    made = dict(settings=asdict(s), files=hashes, versions=versions, command=shlex.join(sys.argv),
-                date=datetime.now().astimezone().isoformat(timespec="seconds"))  # fmt: skip
+    made = dict(settings=asdict(s), files=hashes, versions=versions, command=shlex.join(sys.argv))
+    made["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
     return json.loads(json.dumps(made))  # lists for tuples, as in config.json
 
 
@@ -527,8 +520,9 @@ def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) 
         fit(s, folder, model, examples, dev)
 
 
-def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
-        dev: dict[str, list[Example]]) -> None:  # fmt: skip
+def fit(
+    s: Settings, folder: Path, model: Transformer, examples: list[Example], dev: Splits
+) -> None:
     """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
     device, rank, lengths = model.embed.weight.device, world()[0], [len(e) for e in examples]
     counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
@@ -549,8 +543,10 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
         then = check(state["origin"], parts, last)
         other = [n for part in ("settings", "files") for n in differences(then[part], made[part])]
         if other or not config.exists():
-            raise InputError(f"{last} is of a run with another {', '.join(other or ['folder'])};"
-                             " put that back, or pass --fresh to start anew")  # fmt: skip
+            what = ", ".join(other or ["folder"])
+            raise InputError(
+                f"{last} is of a run with another {what}; put that back or use --fresh"
+            )
         fill(tensors, state["tensors"], last)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -579,20 +575,18 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             loss_sum += loss
             if not math.isfinite(loss_sum) or broken and n + 1 == step:
                 where = f"step {n + 1} (batch {n % per_epoch + 1} of epoch {n // per_epoch + 1})"
-                raise InputError(f"{folder}: no finite loss or weights after {where}; look at the"
-                                 " data, or try --fresh with a smaller --lr")  # fmt: skip
+                what = f"{folder}: no finite loss or weights after {where}"
+                raise InputError(f"{what}; look at the data, or try --fresh with a smaller --lr")
         losses.clear()
 
     def save() -> None:
         settle()
-        state = dict(
-            tensors={n: p.detach() for n, p in tensors.items()}, optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(), step=step, seconds=seconds, log=log, loss_sum=loss_sum,
-            rng=torch.get_rng_state(), origin=made, curve=curve,
-            sums=model.layers.sums if s.molex else None,
-            last=model.layers.last if s.molex else None,
-            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        )  # fmt: skip
+        state = dict(step=step, seconds=seconds, log=log, loss_sum=loss_sum, curve=curve)
+        state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), origin=made)
+        state |= dict(tensors={n: p.detach() for n, p in tensors.items()})
+        state |= dict(sums=model.layers.sums, last=model.layers.last) if s.molex else {}
+        state |= dict(rng=torch.get_rng_state())
+        state |= dict(cuda_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else {}
         write_atomic(last, lambda path: torch.save(state, path))
 
     bar = tqdm(total=steps, initial=step, desc=s.name, disable=rank != 0)
@@ -606,8 +600,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
             for indices in batches[place : place + steps - step]:
                 batch = [examples[i] for i in indices]
                 with uninterrupted():
-                    losses.append(graphed(batch) if graphed
-                                  else train_step(model, optimizer, batch, s))  # fmt: skip
+                    loss = graphed(batch) if graphed else train_step(model, optimizer, batch, s)
+                    losses.append(loss)
                     schedule.step()
                     step, place = step + 1, place + 1
                     bar.update()
@@ -623,9 +617,8 @@ def fit(s: Settings, folder: Path, model: Transformer, examples: list[Example],
                     saved = now
             if rank == 0:
                 found = dev_scores(model, dev, s)
-                entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place, **found,
-                             seconds_per_step=seconds / step, examples=counts,
-                             curve=curve)  # fmt: skip
+                entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place) | found
+                entry |= dict(seconds_per_step=seconds / step, examples=counts, curve=curve)
                 entries = [*log, entry]
                 if entry is best_epoch(entries, s.task):
                     best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
@@ -704,8 +697,7 @@ def departures(runs: list[Settings], out: Path) -> list[str]:
         if s.task == "e2e" and s.beam_rule != "lora":
             lines.append("e2e: beam search as in transformers (paper, probably: --beam-rule lora)")
         if s.task == "e2e" and not is_tokenized(s.data):
-            lines.append("e2e: the official text, as people wrote it (paper, probably: the public"
-                         " LoRA code's tokenized train.txt, valid.txt and test.txt)")  # fmt: skip
+            lines.append("e2e: the official text (paper, probably: the LoRA code's tokenized one)")
     if (seeds := len({s.seed for s in runs})) != 5:
         lines.append(f"seeds: {seeds} (paper: 5)")
     return [*dict.fromkeys(lines)]
@@ -775,8 +767,8 @@ def report(runs: list[Settings], out: Path) -> None:
             print(text)
         results.append([[run[metric] for run in group] for group in scores])
     if len(tasks) > 1:
-        means = [[statistics.mean(v) for v in zip(*cells, strict=True)]
-                 for cells in zip(*results, strict=True)]  # fmt: skip
+        methods = (zip(*cells, strict=True) for cells in zip(*results, strict=True))
+        means = [[*map(statistics.mean, seeds)] for seeds in methods]
         print(line(("glue", "average"), means, "average", 100, 2))
     if both and (seeds := len({s.seed for s in runs})) > 1:
         print(f"\ndifference: paired, mean of {seeds} seeds with its 95% interval (Student's t)")
