@@ -200,11 +200,11 @@ def make_parser() -> Parser:
     """A flag for every `setting` of the two dataclasses; what is not given is left out of the
     result."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="hub name or folder (nano/gpt2 or /roberta, --compare)")
+    parser.add_argument("--model", help="hub name or folder (one of nano/, --compare)")
     task = dict(choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e")
     task["type"] = lambda name: name.lower().replace("-", "")  # also SST-2
     parser.add_argument("--task", help="glue: all eight tasks in turn (e2e)", **task)
-    parser.add_argument("--data", help="folder of official files, Alpaca: a JSON file (the hub)")
+    parser.add_argument("--data", help="folder of the official files; Alpaca: JSON file (hub)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="one run each")
     how = parser.add_mutually_exclusive_group()
