@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, encode_glue, read_glue
 from eval import accuracy, cast_frozen, classify, load_run, read_run
-from files import InputError, Parser, at_least, command_line, pick_device
+from files import InputError, Parser, at_least, command_line, pick_device, write_atomic
 from model import Transformer
 
 PAPER = {"qnli": {"LoRA": "63.1 ± .2", "LoRA + MoLEx": "64.0 ± .2"},
@@ -95,13 +95,11 @@ def print_table(task: str, methods: dict[str, Scores]) -> None:
 def plot(results: dict[str, dict[str, Scores]], path: Path) -> None:
     """The same as curves: a panel for each task, a line for each method, error bars of one standard
     deviation."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     wide = len(results)
-    figure, axes = pyplot.subplots(1, wide, figsize=(4.5 * wide, 3.2), squeeze=False)
+    figure = Figure(figsize=(4.5 * wide, 3.2), layout="constrained")
+    axes = figure.subplots(1, wide, squeeze=False)
     for panel, (task, methods) in zip(axes[0], results.items(), strict=True):
         for method, scores in methods.items():
             spread = [100 * stdev(v) if len(v) > 1 else 0 for v in scores.values()]
@@ -111,8 +109,7 @@ def plot(results: dict[str, dict[str, Scores]], path: Path) -> None:
         panel.set(xlabel="length of the noise / length of the embedding")
         panel.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def main() -> None:

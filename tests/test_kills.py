@@ -56,7 +56,7 @@ def start(tmp_path_factory) -> Callable[..., multiprocessing.Process]:
         source = ROOT / "nano" / ("glue" if "/" in name else "e2e") / name
         (data / name).write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.pyplot", "torch._dynamo"])
+    context.set_forkserver_preload(["train", "matplotlib.figure", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as m:
         m.setenv("PYTHONPATH", str(ROOT))
         m.setenv("OMP_NUM_THREADS", "1")

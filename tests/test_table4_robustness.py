@@ -116,14 +116,16 @@ def test_table(small):
 
 def test_curve(monkeypatch, tmp_path):
     """A panel for each task, a line for each method, in %."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *a, **k: savefig(f, *a, **k) or drawn.append(f)
+    )
     scores = {0.0: [0.9, 0.9], 1.0: [0.6, 0.8]}
     table4.plot({"qnli": {"LoRA": scores, "LoRA + MoLEx": scores}, "sst2": {"LoRA": scores}},
                 tmp_path / "new" / "curve.png")  # fmt: skip
-    panels = pyplot.gcf().axes
-    pyplot.close("all")
+    panels = drawn[0].axes
     assert [panel.get_title() for panel in panels] == ["QNLI", "SST-2"]
     assert [len(panel.containers) for panel in panels] == [2, 1]
     x, y = panels[0].containers[0].lines[0].get_data()
