@@ -568,7 +568,8 @@ RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's con
     test_limit=(*COUNT, None), beam_rule=(str,), epochs=COUNT, max_steps=(*COUNT, None),
     precision=(str, None),
 )  # fmt: skip
-GATE = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()} | {"layers": (list, None)}
+GATE_FORMS = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()}
+GATE_FORMS["layers"] = (list, None)
 
 
 def read_settings(folder: Path) -> dict:
@@ -578,8 +579,8 @@ def read_settings(folder: Path) -> dict:
     if config["task"] not in (*GLUE, "e2e", "alpaca"):
         raise InputError(f"{path}: there is no task {config['task']!r}")
     if config["molex"] is not None:
-        gate = check(config["molex"], GATE, f"{path}, molex")
-        config["molex"] = {name: gate[name] for name in GATE}
+        gate = check(config["molex"], GATE_FORMS, f"{path}, molex")
+        config["molex"] = {name: gate[name] for name in GATE_FORMS}
     return config
 
 

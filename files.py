@@ -233,11 +233,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number, not below `low`."""
+    """The type of an argument that is a whole number, not below `low`, in 32 bits."""
 
     def integer(text: str) -> int:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        if int(text) >= 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is more than {2**31 - 1}")
         return int(text)
 
     return integer

@@ -70,6 +70,8 @@ class MoLExConfig:
                 raise InputError(f"{f.name} is {value!r}, not {' or '.join(allowed)}")
         if not 1 <= self.top_k <= T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
+        if self.proj_dim < 1:
+            raise InputError(f"proj-dim is {self.proj_dim}, but a projection has at least one row")
         if any(type(t) is not int or t not in range(T) for t in self.layers or ()):
             span = f"{self.layers[0]}-{self.layers[-1]}"
             raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")

@@ -61,7 +61,9 @@ from data import (
     shuffled_batches,
 )
 from eval import (
+    GATE_FORMS,
     ROWS,
+    RUN,
     best_epoch,
     build,
     cast_frozen,
@@ -272,8 +274,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     for name, value in given.items():
         if name in OWN and not isinstance(value, str):
             least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
-            if value < least or ("dropout" in name or "smooth" in name) and value >= 1:
+            most = 1 if "dropout" in name or "smooth" in name else 1e30
+            if not least <= value < most:  # nor not-a-number
                 raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+    forms = {n: form for n, form in (RUN | GATE_FORMS).items() if n in given and n != "layers"}
+    check(given, forms, "command line")  # what evaluation would refuse when all is trained
     return args, runs
 
 
