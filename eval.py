@@ -561,7 +561,7 @@ def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
     return model.to(device), Tokenizer.from_folder(checkpoint_folder(config["model"]), model.config)
 
 
-RUN = dict(  # the forms (see model.py's `check`) of what is read of a run's config.json
+RUN = dict(  # the forms (see `check` in files.py) of what is read of a run's config.json
     model=(str,), task=(str,), data=(str, None), tune=(str,), molex=(dict, None), dropout=SHARE,
     lora_r=COUNT, lora_alpha=NUMBER, lora_dropout=SHARE, max_length=COUNT, eval_batch=COUNT,
     beams=FEW, length_penalty=(float, 0, 100), no_repeat_ngram=(int, 0, 4096), max_new_tokens=FEW,
@@ -572,16 +572,22 @@ GATE_FORMS = {n: (type(x), 0, 4096) for n, x in vars(MoLExConfig()).items()}
 GATE_FORMS["layers"] = (list, None)
 
 
+def check_settings(config: dict, where: object) -> dict:
+    """A run's settings as config.json has them, with no others of its gate than there are. Raises
+    InputError, saying `where`, unless the run can be evaluated with them."""
+    check(config, RUN, where)
+    if config["task"] not in (*GLUE, "e2e", "alpaca"):
+        raise InputError(f"{where}: there is no task {config['task']!r}")
+    if config["molex"] is not None:
+        gate = check(config["molex"], GATE_FORMS, f"{where}, molex")
+        config["molex"] = {name: gate[name] for name in GATE_FORMS}
+    return config
+
+
 def read_settings(folder: Path) -> dict:
     """A run's config.json. Raises InputError."""
     path = folder / "config.json"
-    config = read_json(path, RUN)
-    if config["task"] not in (*GLUE, "e2e", "alpaca"):
-        raise InputError(f"{path}: there is no task {config['task']!r}")
-    if config["molex"] is not None:
-        gate = check(config["molex"], GATE_FORMS, f"{path}, molex")
-        config["molex"] = {name: gate[name] for name in GATE_FORMS}
-    return config
+    return check_settings(read_json(path), path)
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, Tensor]]:

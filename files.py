@@ -233,13 +233,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number, not below `low`, in 32 bits."""
+    """The type of an argument that is a whole number from `low` to 2^31 - 1; torch overflows at
+    some larger ones."""
 
     def integer(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        if int(text) >= 2**31:
-            raise argparse.ArgumentTypeError(f"{text} is more than {2**31 - 1}")
-        return int(text)
+        number, high = int(text), 2**31 - 1
+        if not low <= number <= high:
+            beyond = f"less than {low}" if number < low else f"more than {high}"
+            raise argparse.ArgumentTypeError(f"{text} is {beyond}")
+        return number
 
     return integer

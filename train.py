@@ -61,12 +61,11 @@ from data import (
     shuffled_batches,
 )
 from eval import (
-    GATE_FORMS,
     ROWS,
-    RUN,
     best_epoch,
     build,
     cast_frozen,
+    check_settings,
     classify,
     dev_loss,
     evaluate_run,
@@ -161,6 +160,10 @@ class Settings:
         """As tables call it."""
         tune = {"lora": "LoRA", "full": "full", "bitfit": "BitFit"}[self.tune]
         return tune + " + MoLEx" * bool(self.molex)
+
+    def as_json(self) -> dict:
+        """As config.json has them: lists for tuples."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text("utf-8"))
@@ -277,8 +280,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             most = 1 if "dropout" in name or "smooth" in name else 1e30
             if not least <= value < most:  # nor not-a-number
                 raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
-    forms = {n: form for n, form in (RUN | GATE_FORMS).items() if n in given and n != "layers"}
-    check(given, forms, "command line")  # what evaluation would refuse when all is trained
+    for s in runs:
+        check_settings(s.as_json(), "command line")  # now, not when all is trained
     return args, runs
 
 
@@ -500,10 +503,10 @@ def origin(s: Settings) -> dict:
     git = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
     known = (home / ".git").exists() and shutil.which("git")
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
-    versions = dict(python=platform.python_version(), torch=torch.__version__, commit=commit)
-    made = dict(settings=asdict(s), files=hashes, versions=versions, command=shlex.join(sys.argv))
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit)
+    made = dict(settings=s.as_json(), files=hashes, versions=versions, command=shlex.join(sys.argv))
     made["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
-    return json.loads(json.dumps(made))  # lists for tuples, as in config.json
+    return made
 
 
 def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
@@ -569,7 +572,7 @@ def fit(
         made = then
     elif rank == 0:  # all that the run needs has been read: from here on there is a folder
         write_text(folder / "origin.json", json.dumps(made, indent=2) + "\n")
-        write_text(config, json.dumps(asdict(s), indent=2) + "\n")
+        write_text(config, json.dumps(made["settings"], indent=2) + "\n")
 
     def settle() -> None:
         """Add up the losses since the last call. They, and at last the weights, must be finite."""
@@ -648,7 +651,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     folder, (rank, _) = out / s.name, world()
     if os.path.exists(folder / "config.json") and not fresh:
         old = read_json(folder / "config.json")
-        if changed := differences(old, json.loads(json.dumps(asdict(s)))):
+        if changed := differences(old, s.as_json()):
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
                 " it or --out DIR to keep both"
