@@ -24,7 +24,6 @@ import re
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data import (
@@ -363,7 +362,7 @@ def classify(model: Transformer, examples: list[Example], batch_size: int) -> li
     model.eval()
     for some in by_length(examples, batch_size, "  dev"):
         batch = collate([examples[i] for i in some]).to(model.embed.weight.device)
-        with autocast(model):
+        with model.autocast():
             logits = model(batch.ids, batch.mask).float()
         found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
         order += some
@@ -396,7 +395,7 @@ def summed_loss(model: Transformer, batch: list[Example] | Batch, smoothing: flo
     (logits are computed for those alone) or of the labels; squared error of scores."""
     if not isinstance(batch, Batch):
         batch = collate(batch).to(model.embed.weight.device)
-    with autocast(model):
+    with model.autocast():
         if isinstance(model.head, ClassificationHead):
             logits = model(batch.ids, batch.mask)[batch.where].float()
         else:
@@ -535,20 +534,6 @@ def beam_search(
 # ----------------------------------------------------------------------------------- finished runs
 
 
-def autocast(model: Transformer) -> AbstractContextManager:
-    """Matrix products in the model's precision."""
-    device = model.embed.weight.device.type
-    return torch.autocast(device, torch.bfloat16) if model.bf16 else nullcontext()
-
-
-def cast_frozen(model: Transformer) -> None:
-    """For bf16, frozen linear layers in bfloat16: autocast would cast them again in every pass."""
-    if model.bf16:
-        for m in model.layers.blocks.modules():
-            if isinstance(m, nn.Linear) and not m.weight.requires_grad:
-                m.to(torch.bfloat16)
-
-
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a run's config.json: pretrained, with what is trained, with MoLEx if
     set."""
@@ -617,7 +602,7 @@ def generate(
     `beam_search`. Prompts of like length are decoded together."""
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     answers = [""] * len(ids)
-    with autocast(model):
+    with model.autocast():
         for some in by_length(ids, batch_size, "beam search"):
             found = beam_search(model, [ids[i] for i in some], tokenizer.eos, **search)
             for i, answer in zip(some, found, strict=True):
@@ -683,7 +668,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     del scores["curve"]
     if config["task"] == "e2e":  # elsewhere, to the last bit what was measured in training
         merge(model)
-    cast_frozen(model)
+    model.cast_frozen()
     evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(config["task"], evaluate_glue)
     with locked(out):
         scores |= evaluate(model, tokenizer, config, out)

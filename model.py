@@ -260,18 +260,17 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.post_norm, self.dropout = config.family == "roberta", config.dropout
+        self.post_norm, self.drop = config.family == "roberta", nn.Dropout(config.dropout)
         self.norm1, self.attn = norm(config), Attention(config)
         self.norm2, self.mlp = norm(config), MLP(config)
 
     def forward(self, z: Tensor, ctx: Context, key: tuple) -> Tensor:
         """(B, N, D) -> (B, N, D). `key` is the cache's: (slot in the stack, layer that runs)."""
-        drop = lambda x: F.dropout(x, self.dropout, self.training)  # noqa: E731
         if self.post_norm:
-            z = self.norm1(z + drop(self.attn(z, ctx, key)))
-            return self.norm2(z + drop(self.mlp(z)))
-        z = z + drop(self.attn(self.norm1(z), ctx, key))
-        return z + drop(self.mlp(self.norm2(z)))
+            z = self.norm1(z + self.drop(self.attn(z, ctx, key)))
+            return self.norm2(z + self.drop(self.mlp(z)))
+        z = z + self.drop(self.attn(self.norm1(z), ctx, key))
+        return z + self.drop(self.mlp(self.norm2(z)))
 
 
 class Layers(nn.Module):
@@ -354,6 +353,17 @@ class Transformer(nn.Module):
         if self.precision not in known:
             raise InputError(f"precision is {self.precision!r}, not bf16 or float32")
         return known[self.precision]
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the model's precision."""
+        return torch.autocast(self.embed.weight.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def cast_frozen(self) -> None:
+        """For bf16, frozen linear layers in bfloat16: autocast would cast them in every pass."""
+        if self.bf16:
+            for m in self.layers.blocks.modules():
+                if isinstance(m, nn.Linear) and not m.weight.requires_grad:
+                    m.to(torch.bfloat16)
 
     def hidden(
         self,

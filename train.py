@@ -64,7 +64,6 @@ from eval import (
     ROWS,
     best_epoch,
     build,
-    cast_frozen,
     check_settings,
     classify,
     dev_loss,
@@ -446,7 +445,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
         took = start_from(model, Path(s.init))
         if world()[0] == 0:
             print(f"{s.name} starts from {s.init}: {took}")
-    cast_frozen(model)
+    model.cast_frozen()
     for block in model.layers.blocks if s.compile else ():
         block.compile(dynamic=True)
     torch.manual_seed(s.seed + world()[0])  # dropout

@@ -91,7 +91,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
-from eval import autocast, beam_search, cast_frozen, summed_loss
+from eval import beam_search, summed_loss
 from files import InputError, Parser, at_least, command_line, pick_device, write_text
 from lora import add_lora, load_lora, loras, merge, save_lora
 from model import Config, Transformer, checkpoint_folder, load, read_config
@@ -146,7 +146,7 @@ class Ours:
             with torch.no_grad():
                 model.layers.gates[0].bias[model.config.n_layer // 2] += 1000.0
         self.model = model.to(device).eval()
-        cast_frozen(model)
+        model.cast_frozen()
 
     def optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.settings, 1000)[0]
@@ -165,7 +165,7 @@ class Ours:
 
     @torch.no_grad()
     def infer(self, ids: Tensor) -> Tensor:
-        with autocast(self.model):
+        with self.model.autocast():
             h = self.model.hidden(ids)
             return self.model.logits(h if head_of(self.model) == LABELS else h[:, -1])
 
@@ -173,7 +173,7 @@ class Ours:
         merge(self.model)
 
     def answer(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        with autocast(self.model):
+        with self.model.autocast():
             return beam_search(self.model, prompts, end(self.model), max_new_tokens=new_tokens,
                                **BEAM)  # fmt: skip
 

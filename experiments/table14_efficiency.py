@@ -41,7 +41,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import autocast, cast_frozen
 from files import Parser, at_least, command_line, pick_device
 from lora import add_lora
 from model import Config, Context, Transformer, load
@@ -105,7 +104,7 @@ def measure(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            with autocast(model):
+            with model.autocast():
                 model(ids)
             if ids.is_cuda:
                 torch.cuda.synchronize()
@@ -168,7 +167,7 @@ def main() -> None:
 
     plain = add_lora(model.to(device), **LORA).layers
     molex = upcycle(model).layers  # over the same blocks
-    cast_frozen(model)
+    model.cast_frozen()
     ids = torch.randint(config.vocab_size, (args.batch, args.tokens)).to(device)
     seconds, peak = measure(model, {"LoRA": plain, "MoLEx": molex}, ids, args.rounds)
     each = {name: statistics.median(s) / args.batch for name, s in seconds.items()}

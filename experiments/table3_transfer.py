@@ -44,7 +44,7 @@ from make_glue import alter, realise_pair
 
 import train
 from data import GLUE, encode_glue, read_glue
-from eval import cast_frozen, classify, load_run
+from eval import classify, load_run
 from files import InputError, Parser, command_line, pick_device
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
@@ -83,7 +83,7 @@ def transfer(
     if own not in YES:
         raise InputError(f"{folder} is a run on {own}, whose labels mean something else than those"
                          f" of {', '.join(YES)}")  # fmt: skip
-    cast_frozen(model)
+    model.cast_frozen()
     limit, found = min(config["max_length"], model.config.max_positions), {}
     for task in dict.fromkeys([own, *targets]):
         rows = read_glue(config["data"] if task == own else data or config["data"], task, "dev")

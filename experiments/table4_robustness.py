@@ -39,7 +39,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, encode_glue, read_glue
-from eval import accuracy, cast_frozen, classify, load_run, read_run
+from eval import accuracy, classify, load_run, read_run
 from files import InputError, Parser, at_least, command_line, pick_device, write_atomic
 from model import Transformer
 
@@ -71,7 +71,7 @@ def noisy_accuracy(
 def robustness(folder: Path, sizes: list[float], seeds: int, device: torch.device) -> Scores:
     """A run's accuracies under noise: for each size, one for each seed."""
     model, tokenizer, config = load_run(folder, device)
-    cast_frozen(model)
+    model.cast_frozen()
     task, limit = config["task"], min(config["max_length"], model.config.max_positions)
     rows = [read_glue(config["data"], task, split) for split in GLUE[task].dev]
     dev = [encode_glue(tokenizer, split, limit) for split in rows]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, encode_texts, read_e2e
-from eval import autocast, load_model
+from eval import load_model
 from experiments.table7_tasks import FILES, read_senteval, write_tasks
 from files import InputError, Parser, at_least, command_line, pick_device
 from model import Transformer
@@ -75,7 +75,7 @@ def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tens
 
     hooks = [b.register_forward_pre_hook(before) for b in layers.blocks]
     hooks.append(layers.register_forward_hook(lambda m, args, z: store(len(m.blocks) - 1, z)))
-    with autocast(model):
+    with model.autocast():
         for i in tqdm(range(0, len(order), 64), "states", leave=False):
             rows = order[i : i + 64]
             batch = collate([Example(ids[j]) for j in rows]).to(device)

