@@ -15,11 +15,10 @@ import numpy as np
 import regex
 import tiktoken
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from files import InputError, locate, parse_json, read_json, read_text, reason
-from model import Config
+from model import Batch, Config
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -350,10 +349,9 @@ ALPACA_WISH = ". Write a response that appropriately completes the request."
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """What precedes the response; `context` is the data's field "input"."""
-    parts = [ALPACA_TASK + ALPACA_INPUT * bool(context) + ALPACA_WISH]
-    parts += [f"### Instruction:\n{instruction}"]
-    parts += [f"### Input:\n{context}"] * bool(context)
-    return "\n\n".join([*parts, "### Response:"])
+    task = ALPACA_TASK + (ALPACA_INPUT if context else "") + ALPACA_WISH
+    more = f"\n\n### Input:\n{context}" if context else ""
+    return f"{task}\n\n### Instruction:\n{instruction}{more}\n\n### Response:"
 
 
 def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
@@ -502,21 +500,6 @@ def shuffled_batches(
 
 
 NO_TARGET = -100  # which F.cross_entropy leaves out
-
-
-@dataclass
-class Batch:
-    """B sequences padded on the right to N tokens, with M targets."""
-
-    ids: Tensor  # (B, N)
-    mask: Tensor  # (B, N) bool, real tokens
-    prompt: Tensor  # (B, N) bool
-    where: Tensor  # (M,) places in the flattened (B * N) from which a token is predicted, or the
-    # sequences (of B) that have a label
-    target: Tensor  # (M,) that token, or that label; a float for a score
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
 
 
 def collate(examples: list[Example], multiple: int = 1) -> Batch:

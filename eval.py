@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 from data import (
     GLUE,
-    Batch,
     Example,
     Tokenizer,
     collate,
@@ -73,10 +72,10 @@ from files import (
     write_text,
 )
 from lora import adapt, merge, task_head, trained_tensors
-from model import Cache, ClassificationHead, Transformer, checkpoint_folder, load
+from model import Cache, Transformer, checkpoint_folder, load
 from molex import MoLEx, MoLExConfig, upcycle
 
-# ------------------------------------------------------------------------------------- tokenization
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def _java(jar: str, program: str) -> list[str]:
@@ -135,7 +134,7 @@ def _ngrams(tokens: list[str], max_n: int) -> Counter[tuple[str, ...]]:
     )
 
 
-# ------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------ E2E's metrics
 
 
 def _sacrebleu() -> BLEU:
@@ -313,7 +312,77 @@ def paired_bootstrap(
     return difference, results["BLEU"][1].p_value
 
 
-# --------------------------------------------------------------------------------------------- GLUE
+# ------------------------------------------------------------------ outputs and references to score
+
+
+def clean(value: str) -> str:
+    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
+    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
+        value = value.replace(wrong, right)
+    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
+
+
+def _read_table(path: Path, column: str) -> list[tuple[str, str]]:
+    """(MR, text) for each row of a .csv or .tsv file.
+
+    The text is the column called `column`, or else the only one beside MR. Without a header the
+    rows are MR, text. Raises InputError if a column or a value is missing.
+    """
+    lines = read_lines(path)
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
+    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
+    names = [clean(name).lower() for name in rows[0]]
+    if "mr" in names or column in names:
+        del rows[0]
+    else:
+        names = ["mr", column]
+    if "mr" not in names or (column not in names and len(names) != 2):
+        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
+    mr = names.index("mr")
+    text = names.index(column) if column in names else 1 - mr
+    for row in rows:
+        if len(row) != len(names):
+            start = ", ".join(row)[:60]
+            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
+    return [(clean(row[mr]), clean(row[text])) for row in rows]
+
+
+def read_files(predictions: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+    """The predictions and, in the same order, their groups of references.
+
+    The formats are those of the challenge's script (see the top of this file), which reads a table
+    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
+    or if an MR has no prediction or a prediction no MR.
+    """
+    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    if tables[references]:
+        rows = groupby(_read_table(references, "ref"), key=lambda row: row[0])
+        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
+        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
+    else:
+        lines = read_lines(references)
+        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
+        if len(groups) == 1:
+            groups = [[line] for line in groups[0]]
+    if not tables[predictions]:
+        return read_lines(predictions), groups
+    rows = _read_table(predictions, "output")
+    if not tables[references]:
+        return [text for _, text in rows], groups
+    by_mr = defaultdict(list)
+    for mr, text in rows:
+        by_mr[mr].append(text)
+    outputs = []
+    for mr in mrs:
+        if not by_mr[mr]:
+            raise InputError(f"{predictions} has no output for the MR {mr!r}")
+        outputs.append(by_mr[mr].pop(0))
+    if left := [mr for mr, texts in by_mr.items() if texts]:
+        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
+    return outputs, groups
+
+
+# ----------------------------------------------------------------------------------- GLUE's metrics
 
 
 def accuracy(predictions: list[float], labels: list[float]) -> float:
@@ -337,38 +406,6 @@ def matthews(predictions: list[float], labels: list[float]) -> float:
 
 
 METRICS = {f.__name__: f for f in (accuracy, matthews, pearson)}
-ROWS = {  # what tables show of a task's scores: name, factor, decimals; GLUE's first is averaged
-    "e2e": {"bleu": ("BLEU", 100, 2), "nist": ("NIST", 1, 3), "meteor": ("METEOR", 100, 2),
-            "rouge_l": ("ROUGE-L", 100, 2), "cider": ("CIDEr", 1, 3),
-            "dev_loss": ("best dev loss", 1, 4)},
-    "alpaca": {"train_ppl": ("train perplexity", 1, 3), "dev_ppl": ("dev perplexity", 1, 3)},
-    **{name: {t.metric: (f"{t.folder} {t.metric}", 100, 2)} for name, t in GLUE.items()},
-}  # fmt: skip
-
-
-def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
-    """Batches of the examples' indices, of like length together, with a progress bar."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    with tqdm(total=len(order), desc=what, leave=False) as bar:
-        for i in range(0, len(order), batch_size):
-            yield order[i : i + batch_size]
-            bar.update(len(order[i : i + batch_size]))
-
-
-@torch.no_grad()
-def classify(model: Transformer, examples: list[Example], batch_size: int) -> list[float]:
-    """The most likely class of each example, or its score. Texts of like length share a batch."""
-    training, order, found = model.training, [], []
-    model.eval()
-    for some in by_length(examples, batch_size, "  dev"):
-        batch = collate([examples[i] for i in some]).to(model.embed.weight.device)
-        with model.autocast():
-            logits = model(batch.ids, batch.mask).float()
-        found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
-        order += some
-    model.train(training)
-    answers = dict(zip(order, torch.cat(found).tolist(), strict=True))
-    return [answers[i] for i in range(len(examples))]
 
 
 def glue_scores(
@@ -387,37 +424,54 @@ def glue_scores(
     return scores
 
 
-# --------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------- a model on its dev set
 
 
-def summed_loss(model: Transformer, batch: list[Example] | Batch, smoothing: float) -> Tensor:
-    """The loss that training lowers, summed over all targets: cross-entropy of the answers' tokens
-    (logits are computed for those alone) or of the labels; squared error of scores."""
-    if not isinstance(batch, Batch):
-        batch = collate(batch).to(model.embed.weight.device)
-    with model.autocast():
-        if isinstance(model.head, ClassificationHead):
-            logits = model(batch.ids, batch.mask)[batch.where].float()
-        else:
-            h = model.hidden(batch.ids, batch.mask, batch.prompt).flatten(0, 1)[batch.where]
-            logits = model.logits(h).float()
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
-    return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
+def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
+    """Batches of the examples' indices, of like length together, with a progress bar."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    with tqdm(total=len(order), desc=what, leave=False) as bar:
+        for i in range(0, len(order), batch_size):
+            yield order[i : i + batch_size]
+            bar.update(len(order[i : i + batch_size]))
+
+
+@torch.no_grad()
+def classify(model: Transformer, examples: list[Example], batch_size: int) -> list[float]:
+    """The most likely class of each example, or its score. Texts of like length share a batch."""
+    training, order, found = model.training, [], []
+    model.eval()
+    for some in by_length(examples, batch_size, "  dev"):
+        batch = collate([examples[i] for i in some]).to(model.device)
+        with model.autocast():
+            logits = model(batch.ids, batch.mask).float()
+        found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+        order += some
+    model.train(training)
+    answers = dict(zip(order, torch.cat(found).tolist(), strict=True))
+    return [answers[i] for i in range(len(examples))]
 
 
 @torch.no_grad()
 def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> float:
     """Mean loss of an answer's token in nats, without label smoothing. Its exponential is the
     perplexity (Table 12)."""
-    training = model.training
+    training, total = model.training, torch.zeros((), device=model.device)
     model.eval()
-    total = sum(
-        summed_loss(model, [examples[i] for i in some], 0.0)
-        for some in by_length(examples, batch_size, "  dev")
-    )
+    for some in by_length(examples, batch_size, "  dev"):
+        total += model.loss(collate([examples[i] for i in some]))
     model.train(training)
     return total.item() / sum(e.targets for e in examples)
+
+
+def dev_scores(
+    model: Transformer, task: str, dev: dict[str, list[Example]], batch_size: int
+) -> dict[str, float]:
+    """What an epoch is judged by: the task's metric in GLUE, otherwise the loss."""
+    if task in GLUE:
+        found = {split: classify(model, examples, batch_size) for split, examples in dev.items()}
+        return glue_scores(task, found, dev)
+    return {"dev_loss": dev_loss(model, dev["dev"], batch_size)}
 
 
 # -------------------------------------------------------------------------------------- beam search
@@ -465,7 +519,7 @@ def beam_search(
     """
     if beam_rule not in ("transformers", "lora"):
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
-    device, length = model.embed.weight.device, max(map(len, prompts))
+    device, length = model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts])
     cache, P = Cache(), len(prompts)
@@ -531,7 +585,26 @@ def beam_search(
     return answers
 
 
-# ----------------------------------------------------------------------------------- finished runs
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str] | list[list[int]],
+    batch_size: int = 16,
+    **search: float,
+) -> list[str]:
+    """The model's answer to each prompt, a text as in E2E or token ids. `search`: see
+    `beam_search`. Prompts of like length are decoded together."""
+    ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    answers = [""] * len(ids)
+    with model.autocast():
+        for some in by_length(ids, batch_size, "beam search"):
+            found = beam_search(model, [ids[i] for i in some], tokenizer.eos, **search)
+            for i, answer in zip(some, found, strict=True):
+                answers[i] = tokenizer.decode(answer).strip()
+    return answers
+
+
+# ----------------------------------------------------------------------------------- a run's folder
 
 
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -591,25 +664,6 @@ def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer
     return model.eval(), tokenizer, config
 
 
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[str] | list[list[int]],
-    batch_size: int = 16,
-    **search: float,
-) -> list[str]:
-    """The model's answer to each prompt, a text as in E2E or token ids. `search`: see
-    `beam_search`. Prompts of like length are decoded together."""
-    ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
-    answers = [""] * len(ids)
-    with model.autocast():
-        for some in by_length(ids, batch_size, "beam search"):
-            found = beam_search(model, [ids[i] for i in some], tokenizer.eos, **search)
-            for i, answer in zip(some, found, strict=True):
-                answers[i] = tokenizer.decode(answer).strip()
-    return answers
-
-
 def load_model(
     name: str | Path, device: torch.device, head: str = "lm"
 ) -> tuple[Transformer, Tokenizer]:
@@ -622,15 +676,24 @@ def load_model(
     return model, Tokenizer.from_folder(checkpoint_folder(name), model.config)
 
 
+ROWS = {  # what tables show of a task's scores: name, factor, decimals; GLUE's first is averaged
+    "e2e": {"bleu": ("BLEU", 100, 2), "nist": ("NIST", 1, 3), "meteor": ("METEOR", 100, 2),
+            "rouge_l": ("ROUGE-L", 100, 2), "cider": ("CIDEr", 1, 3),
+            "dev_loss": ("best dev loss", 1, 4)},
+    "alpaca": {"train_ppl": ("train perplexity", 1, 3), "dev_ppl": ("dev perplexity", 1, 3)},
+    **{name: {t.metric: (f"{t.folder} {t.metric}", 100, 2)} for name, t in GLUE.items()},
+}  # fmt: skip
+
+
 def read_log(folder: Path, task: str) -> list[dict]:
     """The entries of metrics.jsonl. Raises InputError."""
     path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
     entries = parse_json(read_text(path), path, lines=True)
     log = [check(entry, {key: NUMBER, "step": COUNT, "curve": (list,)}, path) for entry in entries]
-    gate = dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
+    plain = {"step": COUNT, "loss_sum": NUMBER}
+    gated = plain | dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
     for point in (point for entry in log for point in entry["curve"]):
-        check(point, {"step": COUNT, "loss_sum": NUMBER}, path)
-        check(point, gate if "alpha" in point else {}, path)
+        check(point, gated if "alpha" in point else plain, path)
     return log
 
 
@@ -646,6 +709,9 @@ def best_epoch(log: list[dict], task: str) -> dict:
     if task in GLUE:
         return max(log, key=lambda entry: entry[GLUE[task].metric])
     return min(log, key=lambda entry: entry["dev_loss"])
+
+
+# --------------------------------------------------------------------------------- evaluating a run
 
 
 def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
@@ -685,7 +751,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
 
 def write_samples(folder: Path, items: list[tuple[str, str, str]]) -> None:
     """samples.txt: at most five of these texts, each with the output and what is right."""
-    chosen = [items[i] for i in sorted({k * len(items) // 5 for k in range(5 * bool(items))})]
+    chosen = items[:: max(1, len(items) // 5)][:5]
     texts = [f"{text}\n  output:    {out}\n  reference: {right}\n" for text, out, right in chosen]
     write_text(folder / "samples.txt", "\n".join(texts))
 
@@ -764,6 +830,9 @@ def read_predictions(folder: Path) -> tuple[list[str], list[str], list[list[str]
     return mrs, [line.rpartition("\t")[2] for line in lines], references
 
 
+# ----------------------------------------------------------------------------------------- pictures
+
+
 def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     """Heat maps of which layer (y) was chosen in which slot (x), as in Figure 2: white never, black
     always; a panel for each name and its `MoLEx.shares`, at most four in a row."""
@@ -825,77 +894,7 @@ def plot_curves(runs: list[tuple[str, list[dict]]], task: str, path: Path) -> No
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
-# ------------------------------------------------------------------ outputs and references to score
-
-
-def clean(value: str) -> str:
-    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
-    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
-        value = value.replace(wrong, right)
-    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
-
-
-def _read_table(path: Path, column: str) -> list[tuple[str, str]]:
-    """(MR, text) for each row of a .csv or .tsv file.
-
-    The text is the column called `column`, or else the only one beside MR. Without a header the
-    rows are MR, text. Raises InputError if a column or a value is missing.
-    """
-    lines = read_lines(path)
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
-    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
-    names = [clean(name).lower() for name in rows[0]]
-    if "mr" in names or column in names:
-        del rows[0]
-    else:
-        names = ["mr", column]
-    if "mr" not in names or (column not in names and len(names) != 2):
-        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
-    mr = names.index("mr")
-    text = names.index(column) if column in names else 1 - mr
-    for row in rows:
-        if len(row) != len(names):
-            start = ", ".join(row)[:60]
-            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
-    return [(clean(row[mr]), clean(row[text])) for row in rows]
-
-
-def read_files(predictions: Path, references: Path) -> tuple[list[str], list[list[str]]]:
-    """The predictions and, in the same order, their groups of references.
-
-    The formats are those of the challenge's script (see the top of this file), which reads a table
-    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
-    or if an MR has no prediction or a prediction no MR.
-    """
-    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
-    if tables[references]:
-        rows = groupby(_read_table(references, "ref"), key=lambda row: row[0])
-        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
-        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
-    else:
-        lines = read_lines(references)
-        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
-        if len(groups) == 1:
-            groups = [[line] for line in groups[0]]
-    if not tables[predictions]:
-        return read_lines(predictions), groups
-    rows = _read_table(predictions, "output")
-    if not tables[references]:
-        return [text for _, text in rows], groups
-    by_mr = defaultdict(list)
-    for mr, text in rows:
-        by_mr[mr].append(text)
-    outputs = []
-    for mr in mrs:
-        if not by_mr[mr]:
-            raise InputError(f"{predictions} has no output for the MR {mr!r}")
-        outputs.append(by_mr[mr].pop(0))
-    if left := [mr for mr, texts in by_mr.items() if texts]:
-        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
-    return outputs, groups
-
-
-# --------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: obj
         "has NaN or infinite values in": {n for n, w in plain if not w.isfinite().all()},
     }.items():
         if names:
-            first = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
 
 

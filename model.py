@@ -112,7 +112,7 @@ class Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
-        numbers = ["rope_theta", *ROPE_LLAMA3 * (kind == "llama3")]
+        numbers = ["rope_theta", *(ROPE_LLAMA3 if kind == "llama3" else ())]
         config["rope"] = check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where)
         config["rope"]["rope_type"] = kind
         odd = family == "llama" and config["d_head"] % 2  # rotary positions come in pairs
@@ -169,6 +169,21 @@ class Context:
     causal: bool  # True: with mask None, tokens look only at earlier ones
     rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d_head)
     cache: Cache | None = None
+
+
+@dataclass
+class Batch:
+    """B sequences padded on the right to N tokens, with M targets; data.py's `collate` makes it."""
+
+    ids: Tensor  # (B, N)
+    mask: Tensor  # (B, N) bool, real tokens
+    prompt: Tensor  # (B, N) bool
+    where: Tensor  # (M,) places in the flattened (B * N) from which a token is predicted, or the
+    # sequences (of B) that have a label
+    target: Tensor  # (M,) that token, or that label; a float for a score
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
 
 
 ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -347,16 +362,20 @@ class Transformer(nn.Module):
             self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
 
     @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
     def bf16(self) -> bool:
         """Whether matrix products are in bfloat16: by default on CUDA only. Raises InputError."""
-        known = {"bf16": True, "float32": False, None: self.embed.weight.is_cuda}
+        known = {"bf16": True, "float32": False, None: self.device.type == "cuda"}
         if self.precision not in known:
             raise InputError(f"precision is {self.precision!r}, not bf16 or float32")
         return known[self.precision]
 
     def autocast(self) -> torch.autocast:
         """Matrix products in the model's precision."""
-        return torch.autocast(self.embed.weight.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def cast_frozen(self) -> None:
         """For bf16, frozen linear layers in bfloat16: autocast would cast them in every pass."""
@@ -434,6 +453,21 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels); see `hidden`."""
         return self.logits(self.hidden(ids, mask, *rest, **more), mask)
+
+    def loss(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
+        """The loss that training lowers, summed over the M targets: the cross-entropy of answers'
+        tokens (logits are computed for those alone) or of labels; of scores the squared error.
+        `smoothing`: label smoothing (Szegedy et al., 2016)."""
+        batch = batch.to(self.device)
+        with self.autocast():
+            h = self.hidden(batch.ids, batch.mask, batch.prompt)
+            if isinstance(self.head, ClassificationHead):
+                logits = self.head(h, batch.mask)[batch.where].float()
+            else:
+                logits = self.logits(h.flatten(0, 1)[batch.where]).float()
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
+        return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
 
 
 # ---------------------------------------------------------------------------------------- loading

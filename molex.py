@@ -330,9 +330,8 @@ class MoLEx(nn.Module):
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
     """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model, returns
     it. The gate, and alpha if learned, are new and trainable; nothing else changes."""
-    like = model.embed.weight
     molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
-    model.layers = molex.to(like.device)
+    model.layers = molex.to(model.device)
     return model.train(model.training)
 
 

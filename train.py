@@ -50,7 +50,6 @@ from tqdm import tqdm
 from data import (
     GLUE,
     NO_TARGET,
-    Batch,
     Example,
     Tokenizer,
     collate,
@@ -65,17 +64,14 @@ from eval import (
     best_epoch,
     build,
     check_settings,
-    classify,
-    dev_loss,
+    dev_scores,
     evaluate_run,
-    glue_scores,
     paired_bootstrap,
     plot_curves,
     read_log,
     read_predictions,
     read_run,
     read_scores,
-    summed_loss,
 )
 from files import (
     InputError,
@@ -93,7 +89,7 @@ from files import (
     write_text,
 )
 from lora import load_loralib, task_head, trained_tensors
-from model import Transformer, checkpoint_folder, read_config
+from model import Batch, Transformer, checkpoint_folder, read_config
 from molex import MoLExConfig, setting
 
 # ----------------------------------------------------------------------------------------- settings
@@ -150,15 +146,15 @@ class Settings:
     def name(self) -> str:
         """The run folder's name."""
         model = "-".join(Path(self.model).parts[-2:]).strip("/.")
-        how = [self.tune] if self.tune != "lora" or not self.molex else []
-        how += ["molex"] * bool(self.molex) + ["init"] * bool(self.init)
-        return "-".join([model, self.task, *how, f"s{self.seed}"])
+        tune = "" if self.tune == "lora" and self.molex else self.tune
+        how = [tune, "molex" if self.molex else "", "init" if self.init else ""]
+        return "-".join([model, self.task, *filter(None, how), f"s{self.seed}"])
 
     @property
     def method(self) -> str:
         """As tables call it."""
         tune = {"lora": "LoRA", "full": "full", "bitfit": "BitFit"}[self.tune]
-        return tune + " + MoLEx" * bool(self.molex)
+        return f"{tune} + MoLEx" if self.molex else tune
 
     def as_json(self) -> dict:
         """As config.json has them: lists for tuples."""
@@ -331,14 +327,6 @@ SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
 Splits = dict[str, list[Example]]  # name of a dev split -> its examples
 
 
-def dev_scores(model: Transformer, dev: Splits, s: Settings) -> dict[str, float]:
-    """What an epoch is judged by: the task's metric in GLUE, otherwise the loss."""
-    if s.task in GLUE:
-        found = {split: classify(model, examples, s.eval_batch) for split, examples in dev.items()}
-        return glue_scores(s.task, found, dev)
-    return {"dev_loss": dev_loss(model, dev["dev"], s.eval_batch)}
-
-
 def train_step(
     model: Transformer, optimizer: Optimizer, examples: list[Example] | Batch, s: Settings
 ) -> Tensor:
@@ -351,11 +339,11 @@ def train_step(
         micros, targets = [examples], (examples.target != NO_TARGET).sum()
     else:
         (rank, processes), size = world(), -(-len(examples) // s.accumulate)
-        micros = [examples[i : i + size][rank::processes] for i in range(0, len(examples), size)]
-        targets = sum(e.targets for e in examples)
-    total = torch.zeros((), device=model.embed.weight.device)
+        parts = [examples[i : i + size][rank::processes] for i in range(0, len(examples), size)]
+        micros, targets = [collate(part) for part in parts], sum(e.targets for e in examples)
+    total = torch.zeros((), device=model.device)
     for micro in micros:
-        loss = summed_loss(model, micro, s.label_smoothing) / targets
+        loss = model.loss(micro, s.label_smoothing) / targets
         total += loss.detach()
         if s.molex and s.load_balance:
             loss = loss + s.load_balance * model.layers.load_balance / len(micros)
@@ -377,7 +365,7 @@ class GraphedStep:
 
     def __init__(self, model: Transformer, optimizer: Optimizer, s: Settings) -> None:
         self.model, self.optimizer, self.s = model, optimizer, s
-        self.device, self.steps, self.pool = model.embed.weight.device, {}, None
+        self.device, self.steps, self.pool = model.device, {}, None
 
     def __call__(self, examples: list[Example]) -> Tensor:
         if not self.steps:  # a graph reads the rate from where the schedule writes it
@@ -428,7 +416,7 @@ def start_from(model: Transformer, path: Path) -> str:
     if new:
         ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
     fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
-    return "all but its head" + " and its gate, for want of one of this shape" * new
+    return "all but its head" + (" and its gate, for want of one of this shape" if new else "")
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -531,7 +519,7 @@ def fit(
     s: Settings, folder: Path, model: Transformer, examples: list[Example], dev: Splits
 ) -> None:
     """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
-    device, rank, lengths = model.embed.weight.device, world()[0], [len(e) for e in examples]
+    device, rank, lengths = model.device, world()[0], [len(e) for e in examples]
     counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
     batch_size = s.batch_size * s.batch_times
     per_epoch = -(-len(examples) // batch_size)
@@ -623,7 +611,7 @@ def fit(
                     save()
                     saved = now
             if rank == 0:
-                found = dev_scores(model, dev, s)
+                found = dev_scores(model, s.task, dev, s.eval_batch)
                 entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place) | found
                 entry |= dict(seconds_per_step=seconds / step, examples=counts, curve=curve)
                 entries = [*log, entry]
@@ -675,7 +663,7 @@ def paper(s: Settings) -> dict[tuple[str, str], str]:
     """What the paper reports for runs like this, by task and metric."""
     kind = "glue" if s.task in GLUE else s.task
     rows = PAPER["results"].get(kind, {}).get(s.shape, {})
-    row = rows.get(s.method + " from MNLI" * bool(s.init), [])
+    row = rows.get(f"{s.method} from MNLI" if s.init else s.method, [])
     keys = [(s.task, n) for n in ROWS[s.task]]
     if kind == "glue":
         keys = [(n, task.metric) for n, task in GLUE.items()] + [("glue", "average")]
@@ -748,7 +736,7 @@ def report(runs: list[Settings], out: Path) -> None:
         return text + "".join(f"{p.get(key, ''):>14}" for p in columns.values() if p)
 
     head = f"\n{'':22}" + "".join(f"{method:>18}" for method in columns)
-    head += "difference".rjust(18) * both
+    head += f"{'difference':>18}" if both else ""
     print(head + "".join(f"{'paper: ' + m.split()[-1]:>14}" for m, p in columns.items() if p))
     results = []  # [task][method][seed], the main score
     for task in tasks:

@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 from eval import decode_test, e2e_scores, load_run
-from files import InputError, Parser, at_least, command_line, pick_device
+from experiments.small import finished_runs, runs_parser
+from files import InputError, at_least, command_line, pick_device
 from lora import merge
 
-SMALL = ["--no-molex", "--epochs", "1"]
+SMALL = "--no-molex --epochs 1"
 
 
 def compare(folder: Path, limit: int | None, device: torch.device) -> None:
@@ -63,18 +63,13 @@ def compare(folder: Path, limit: int | None, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Decode E2E with the public LoRA code's beam search and with ours")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN",
-                        help="finished runs on E2E (default: train nano/gpt2)")  # fmt: skip
+    about = "Decode E2E with the public LoRA code's beam search and with ours"
+    what = "finished runs on E2E (default: train nano/gpt2)"
+    parser = runs_parser(about, what, "runs/beam_search")
     parser.add_argument("--limit", type=at_least(1), help="only so many MRs (all of the run's)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("runs/beam_search"),
-                        help="where the small form's run goes")  # fmt: skip
     args = parser.parse_args()
-    device = pick_device(args.device)
-    runs = args.runs or [train.run(s, args.out, False, device) for s in train.parse(SMALL)[1]]
-    for folder in runs:
-        compare(folder, args.limit, device)
+    for folder in finished_runs(args, SMALL):
+        compare(folder, args.limit, pick_device(args.device))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def text_loss(model: Transformer, texts: list[list[int]]) -> float:
     """Mean loss of the next token, in nats, over all texts."""
     total = 0.0
     for some in by_length(texts, 16, "  texts"):
-        batch = collate([Example(texts[i]) for i in some]).to(model.embed.weight.device)
+        batch = collate([Example(texts[i]) for i in some]).to(model.device)
         real = batch.mask[:, 1:]
         logits = model(batch.ids, batch.mask)[:, :-1][real].float()
         total += F.cross_entropy(logits, batch.ids[:, 1:][real], reduction="sum").item()

@@ -66,6 +66,7 @@ all numbers.
 import json
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import log10
@@ -78,7 +79,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, Tokenizer
-from eval import bleu, decode_test, load_run, read_log, read_run
+from eval import bleu, decode_test, dev_scores, load_run, read_log, read_run
 from files import (
     NUMBER,
     InputError,
@@ -167,10 +168,9 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
     arm, folder = ARMS[name], out / name / f"s{s.seed}"
     if (folder / "config.json").exists():
-        now = json.loads(json.dumps(asdict(s)))
-        if other := train.differences(read_json(folder / "config.json"), now):
-            raise InputError(f"{folder} is of a run with another {', '.join(other)}; take another"
-                             " --out, or remove it")  # fmt: skip
+        if other := train.differences(read_json(folder / "config.json"), s.as_json()):
+            what = f"{folder} is of a run with another {', '.join(other)}"
+            raise InputError(f"{what}; take another --out, or remove it")
     if (folder / "controls.json").exists():
         return
     print(folder, flush=True)
@@ -198,7 +198,10 @@ def score(
     model: Transformer, tokenizer: Tokenizer, dev: dict[str, list[Example]], s: train.Settings
 ) -> dict[str, float]:
     """The metrics; alpha; how often, in %, a slot was given its own layer on the dev set."""
-    found, layers = train.dev_scores(model, dev, s) | dict(alpha=1.0, own=100.0), model.layers
+    found, layers = (
+        dev_scores(model, s.task, dev, s.eval_batch) | dict(alpha=1.0, own=100.0),
+        model.layers,
+    )
     if isinstance(layers, MoLEx):
         found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
         found["own"] = 100 * (layers.counts.trace() / layers.counts.sum()).item()
@@ -227,8 +230,8 @@ def report(found: Scores, metrics: list[str]) -> None:
             if cell and len(gains) > 1:
                 cell += f" ± {train.interval(gains):.{decimals}f}"
             text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
-        times = [r["seconds"] / found["lora"][seed]["seconds"] for seed, r in runs.items()
-                 if r["seconds"] and seed in found["lora"]]  # fmt: skip
+        timed = [seed for seed, r in runs.items() if r["seconds"] and seed in found["lora"]]
+        times = [runs[seed]["seconds"] / found["lora"][seed]["seconds"] for seed in timed]
         text += f"{mean(times):7.2f}" if times else f"{'':7}"
         text += f"{mean(r['own'] for r in runs.values()):7.0f}"
         print(text + f"{mean(r['alpha'] for r in runs.values()):7.3f}")
@@ -239,8 +242,8 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
     interval of the difference to LoRA, whose alpha is 1 and whose mean is the dashed line."""
     from matplotlib.figure import Figure  # slow to import
 
-    arms = {n: next(iter(runs.values()))["alpha"] for n, runs in found.items()
-            if n in ("lora", "molex") or n.startswith("alpha-")}  # fmt: skip
+    names = [n for n in found if n in ("lora", "molex") or n.startswith("alpha-")]
+    arms = {n: next(iter(found[n].values()))["alpha"] for n in names}
     arms = dict(sorted(arms.items(), key=lambda item: item[1]))
     x = [-log10(1.02 - a) for a in arms.values()]  # room between the alphas near 1
     figure = Figure(figsize=(5 * len(metrics), 3.5), layout="constrained")
@@ -250,8 +253,8 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
         y = [mean(values) for values, _ in columns]
         half = [train.interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
         low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
-        panel.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0,
-                           label="95% of the difference to LoRA")  # fmt: skip
+        how = dict(color="tab:blue", alpha=0.2, linewidth=0)
+        panel.fill_between(x, low, high, label="95% of the difference to LoRA", **how)
         panel.plot(x, y, "o-", color="tab:blue", markersize=4, label="mean (dots: seeds)")
         for place, (values, _) in zip(x, columns, strict=True):
             panel.plot([place] * len(values), values, ".", color="tab:gray", markersize=3)
@@ -265,26 +268,27 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
 def main() -> None:
     about = "MoLEx taken apart; all other flags are train.py's"
     parser = Parser(description=about, allow_abbrev=False)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM",
-                        help=f"and lora, and what they need ({' '.join(ARMS)})")  # fmt: skip
+    arms = dict(nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM")
+    parser.add_argument("--arms", help=f"and lora, and what they need ({' '.join(ARMS)})", **arms)
     parser.add_argument("--out", type=Path, default=Path("runs/controls"), help="where runs go")
     parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
     args, flags = parser.parse_known_args()
     out = args.out if flags else args.out / "small"
     wanted = {"lora", *args.arms, *(n for arm in args.arms for n in ARMS[arm].of)}
-    plan: dict[str, dict[int, train.Settings]] = {}  # arm -> seed
+    plan: dict[str, dict[int, train.Settings]] = defaultdict(dict)  # arm -> seed
     for name, arm in ARMS.items():
         if name in wanted:
             theirs, runs = train.parse([*(flags or SMALL), *arm.flags.split(), "--compare"])
             if theirs.fresh or len({s.task for s in runs}) > 1:
                 raise InputError("give one task, and no --fresh: remove the runs that are to go")
-            plan[name] = {
-                s.seed: replace(s, epochs=arm.times * s.epochs,
-                                max_steps=s.max_steps and arm.times * s.max_steps)
-                for s in runs if bool(s.molex) == arm.molex
-            }  # fmt: skip
+            for s in runs:
+                if bool(s.molex) == arm.molex:
+                    longer = dict(epochs=arm.times * s.epochs)
+                    longer["max_steps"] = s.max_steps and arm.times * s.max_steps
+                    plan[name][s.seed] = replace(s, **longer)
     task = runs[0].task
-    metrics = [GLUE[task].metric] if task in GLUE else ["bleu"] * (task == "e2e") + ["dev_loss"]
+    metrics = {"e2e": ["bleu", "dev_loss"], "alpaca": ["dev_loss"]}.get(task)
+    metrics = metrics or [GLUE[task].metric]
     forms = dict.fromkeys((*metrics, "alpha", "own"), NUMBER) | dict(seconds=(*NUMBER, None))
     found: Scores = {}
     for seed in plan["lora"]:

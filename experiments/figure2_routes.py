@@ -30,11 +30,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from eval import plot_routes, read_settings
-from files import InputError, Parser, check, command_line, parse_json, pick_device, read_text
+from experiments.small import finished_runs, runs_parser
+from files import InputError, check, command_line, parse_json, read_text
 
-PAPER = {"mnli": "mainly middle", "mrpc": "mainly early", "cola": "slot 9 takes 2 in 100%",
-         "qqp": "mainly middle"}  # fmt: skip
-SMALL = ["--model", "nano/roberta", "--epochs", "1"]
+PAPER = train.PAPER["figure2"]
+SMALL = [f"--model nano/roberta --epochs 1 --task {task}" for task in ("cola", "mrpc")]
 
 
 def read_routes(folder: Path) -> tuple[str, Tensor]:
@@ -62,17 +62,10 @@ def thirds(shares: Tensor) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    parser = Parser(description="Figure 2: heat maps of the routes of runs, side by side")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="finished runs with MoLEx"
-                        " (default: train nano/roberta on CoLA and on MRPC)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/figure2"),
-                        help="where the picture goes and, without RUN, its runs")  # fmt: skip
-    args = parser.parse_args()
-    folders = args.runs
-    if not folders:
-        settings = [train.parse([*SMALL, "--task", task])[1][0] for task in ("cola", "mrpc")]
-        folders = [train.run(s, args.out, False, pick_device()) for s in settings]
-    found = {folder: read_routes(folder) for folder in folders}
+    about = "Figure 2: heat maps of the routes of runs, side by side"
+    what = "finished runs with MoLEx (default: train nano/roberta on CoLA and on MRPC)"
+    args = runs_parser(about, what, "runs/figure2").parse_args()
+    found = {folder: read_routes(folder) for folder in finished_runs(args, *SMALL)}
 
     heads = ("early", "middle", "later", "own")
     print(f"\n{'% of choices':48}" + "".join(f"{head:>8}" for head in heads) + "   paper")

@@ -75,6 +75,7 @@ import statistics
 import sys
 import tempfile
 import time
+import tomllib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -91,31 +92,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
-from eval import beam_search, summed_loss
+from eval import beam_search
 from files import InputError, Parser, at_least, command_line, pick_device, write_text
 from lora import add_lora, load_lora, loras, merge, save_lora
 from model import Config, Transformer, checkpoint_folder, load, read_config
 from molex import MoLExConfig, upcycle
 from train import GraphedStep, Settings, make_optimizer, train_step
 
-SHAPES = {  # config.json of models whose weights are made at random
-    "gpt2-medium": dict(model_type="gpt2", n_embd=1024, n_layer=24, n_head=16),
-    "roberta-base": dict(model_type="roberta", vocab_size=50265, max_position_embeddings=514,
-                         type_vocab_size=1, layer_norm_eps=1e-5, num_labels=2),
-    "Llama-3.2-1B": dict(
-        model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
-        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=32.0,
-                             low_freq_factor=1.0, high_freq_factor=4.0,
-                             original_max_position_embeddings=8192),
-    ),
-}  # fmt: skip
+SHAPES = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))  # random weights
+Work = tuple[list[list[Example]], list[list[int]]]  # batches of training; prompts
 THEIRS, LORA, ALONE = "transformers + peft, LoRA", "LoRA", "the same, one prompt at a time"
 LABELS, SEED = 2, 0
 BEAM = dict(beams=10, length_penalty=0.9, no_repeat_ngram=0)
-NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob",
-              "attention_probs_dropout_prob", "attention_dropout")  # fmt: skip
+NO_DROPOUT = "attn_pdrop embd_pdrop resid_pdrop hidden_dropout_prob".split()
+NO_DROPOUT += "attention_probs_dropout_prob attention_dropout".split()
 
 
 # --------------------------------------------------------------------------------- the contenders
@@ -152,7 +142,7 @@ class Ours:
         return make_optimizer(self.model, self.settings, 1000)[0]
 
     def loss(self, examples: list[Example]) -> Tensor:
-        total = summed_loss(self.model, examples, self.settings.label_smoothing)
+        total = self.model.loss(collate(examples), self.settings.label_smoothing)
         return total / sum(e.targets for e in examples)
 
     def step(self, optimizer: torch.optim.Optimizer, examples: list[Example]) -> None:
@@ -174,8 +164,8 @@ class Ours:
 
     def answer(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         with self.model.autocast():
-            return beam_search(self.model, prompts, end(self.model), max_new_tokens=new_tokens,
-                               **BEAM)  # fmt: skip
+            how = BEAM | dict(max_new_tokens=new_tokens)
+            return beam_search(self.model, prompts, end(self.model), **how)
 
 
 class Theirs:
@@ -240,12 +230,11 @@ class Theirs:
         eos, N = end(self.model), max(map(len, prompts))
         ids = torch.tensor([[eos] * (N - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (N - len(p)) + [1] * len(p) for p in prompts])
+        how = dict(num_beams=BEAM["beams"], length_penalty=BEAM["length_penalty"])
+        how |= dict(do_sample=False, early_stopping=False, max_new_tokens=new_tokens)
+        how |= dict(attention_mask=mask.to(self.device), eos_token_id=eos, pad_token_id=eos)
         with self.autocast():
-            found = self.model.generate(
-                ids, attention_mask=mask.to(self.device), eos_token_id=eos, pad_token_id=eos,
-                num_beams=BEAM["beams"], length_penalty=BEAM["length_penalty"], do_sample=False,
-                early_stopping=False, max_new_tokens=new_tokens,
-            )[:, N:].tolist()  # fmt: skip
+            found = self.model.generate(ids, **how)[:, N:].tolist()
         return [a[: a.index(eos)] if eos in a else a for a in found]
 
 
@@ -291,16 +280,21 @@ def write_lora(folder: Path, where: Path, fit: list[list[Example]], device: torc
     for lora in loras(model).values() if not fit else ():
         nn.init.normal_(lora.B, std=1e-3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    for batch in tqdm(fit, "fit the LoRA", leave=False):
-        summed_loss(model, batch, 0.0).div(sum(e.targets for e in batch)).backward()
+    for examples in tqdm(fit, "fit the LoRA", leave=False):
+        model.loss(collate(examples)).div(sum(e.targets for e in examples)).backward()
         optimizer.step()
         optimizer.zero_grad()
     save_lora(model, where)
     return where
 
 
-def contenders(folder: Path, device: torch.device, precision: str, fit: list[list[Example]] = (),
-               on_device: bool = False) -> dict[str, Ours | Theirs]:  # fmt: skip
+def contenders(
+    folder: Path,
+    device: torch.device,
+    precision: str,
+    fit: list[list[Example]] = (),
+    on_device: bool = False,
+) -> dict[str, Ours | Theirs]:
     """All of them by name, over the same weights and the same LoRA; MoLEx in all slots is last."""
     with tempfile.TemporaryDirectory() as temporary:
         lora, found = write_lora(folder, Path(temporary), fit, device), {}
@@ -322,8 +316,7 @@ def contenders(folder: Path, device: torch.device, precision: str, fit: list[lis
 # ---------------------------------------------------------------------------------------- the data
 
 
-def texts(folder: Path, data: str, batches: int, size: int, prompts: int
-          ) -> tuple[list[list[Example]], list[list[int]]]:  # fmt: skip
+def texts(folder: Path, data: str, batches: int, size: int, prompts: int) -> Work:
     """Training batches and prompts of E2E, in a fixed random order."""
     tokenizer = Tokenizer.from_folder(folder, read_config(folder))
     dice = random.Random(SEED)
@@ -334,8 +327,7 @@ def texts(folder: Path, data: str, batches: int, size: int, prompts: int
     return [examples[i : i + size] for i in range(0, len(examples), size)], asked
 
 
-def random_texts(c: Config, batches: int, size: int, prompts: int
-                 ) -> tuple[list[list[Example]], list[list[int]]]:  # fmt: skip
+def random_texts(c: Config, batches: int, size: int, prompts: int) -> Work:
     """Random ids as long as E2E's texts; for RoBERTa with a label, as long as a pair of GLUE's."""
     dice = random.Random(SEED)
 
@@ -457,9 +449,12 @@ def flop(one: Ours | Theirs, examples: list[Example]) -> int:
 
 
 def measure(
-    models: dict[str, Ours | Theirs], batches: list[list[Example]], prompts: list[list[int]],
-    new_tokens: int, device: torch.device,
-) -> dict[str, dict]:  # fmt: skip
+    models: dict[str, Ours | Theirs],
+    batches: list[list[Example]],
+    prompts: list[list[int]],
+    new_tokens: int,
+    device: torch.device,
+) -> dict[str, dict]:
     """The rows of the table, name -> what was measured (see `main`); seconds of every round."""
     rows, rounds = {name: {} for name in models}, len(batches)
     for name, one in models.items():
@@ -516,10 +511,10 @@ def measure(
 
 # ----------------------------------------------------------------------------------------- results
 
-TIMES = {"training": "training, tokens/s", "inference": "inference, tokens/s",
-         "beam": "beam-10, s", "beam_tokens": "tokens", "same": "same answers"}  # fmt: skip
-STEP = {"memory": "memory, MB", "launches": "launches", "waits": "waits", "flop": "GFLOP",
-        "loss": "loss"}  # fmt: skip
+TIMES = {"training": "training, tokens/s", "inference": "inference, tokens/s"}
+TIMES |= {"beam": "beam-10, s", "beam_tokens": "tokens", "same": "same answers"}
+STEP = {"memory": "memory, MB", "launches": "launches", "waits": "waits"}
+STEP |= {"flop": "GFLOP", "loss": "loss"}
 MOLEX = "MoLEx in all slots over LoRA"
 GOALS = {  # what -> device -> goal; a number with its model, where it is set for one
     "LoRA over transformers + peft, training": {"cpu": "1.3", "cuda": "1.5"},
@@ -541,9 +536,9 @@ def ratios(rows: dict[str, dict]) -> dict[str, list[float]]:
             return []
         return [y / x for x, y in zip(rows[a][key], rows[b][key], strict=True)]
 
-    found = [over(LORA, THEIRS, "training"), over(LORA, THEIRS, "beam"), over(LORA, ALONE, "beam"),
-             over(LORA, last, "training"), over(LORA, last, "inference"),
-             [rows[last]["memory"] / rows[LORA]["memory"]]]  # fmt: skip
+    found = [over(LORA, THEIRS, "training"), over(LORA, THEIRS, "beam"), over(LORA, ALONE, "beam")]
+    found += [over(LORA, last, key) for key in ("training", "inference")]
+    found.append([rows[last]["memory"] / rows[LORA]["memory"]])
     return dict(zip(GOALS, found, strict=True))
 
 
@@ -575,8 +570,10 @@ def cell(row: dict, key: str) -> str:
         return spread([n / s for n, s in zip(tokens, value, strict=True)], 0)
     if key == "beam":
         return spread(value, 2)
-    return {"memory": f"{value / 1e6:,.1f}", "flop": f"{value / 1e9:,.1f}",
-            "loss": f"{value:.4f}"}.get(key, f"{value:,}")  # fmt: skip
+    if key == "loss":
+        return f"{value:.4f}"
+    size = {"memory": 1e6, "flop": 1e9}.get(key)
+    return f"{value / size:,.1f}" if size else f"{value:,}"
 
 
 def report(name: str, device: str, rows: dict[str, dict]) -> None:
@@ -596,18 +593,17 @@ def report(name: str, device: str, rows: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = Parser(description="Speed and memory beside transformers + peft")
-    parser.add_argument("--models", nargs="+", metavar="MODEL",
-                        help="folders, hub names, or of random:"
-                        f"{', random:'.join(SHAPES)} (nano/gpt2; on CUDA these, too)")  # fmt: skip
+    shapes = ", ".join(f"random:{shape}" for shape in SHAPES)
+    what = f"folders, hub names, or of {shapes} (nano/gpt2; on CUDA these, too)"
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help=what)
     parser.add_argument("--data", default="nano/e2e", help="folder of E2E's files (%(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="timed, of each contender")
     parser.add_argument("--batch", type=at_least(1), default=8, help="sequences of a step")
     parser.add_argument("--prompts", type=at_least(1), default=8, help="answered together")
     parser.add_argument("--new-tokens", type=at_least(1), default=64, help="longest answer")
-    parser.add_argument("--fit", type=at_least(0), default=30,
-                        help="steps in which the LoRA learns E2E before that")  # fmt: skip
-    parser.add_argument("--precision", choices=["bf16", "float32"],
-                        help="of matrix products (default: on CUDA bf16)")  # fmt: skip
+    parser.add_argument("--fit", type=at_least(0), default=30, help="steps on E2E before that")
+    what = "of matrix products (default: on CUDA bf16)"
+    parser.add_argument("--precision", choices=["bf16", "float32"], help=what)
     parser.add_argument("--on-device", action="store_true", help="also MoLEx's choice there")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/speed.json"), help="(%(default)s)")
@@ -618,20 +614,20 @@ def main() -> None:
     names = args.models or ["nano/gpt2", *(f"random:{shape}" for shape in SHAPES if cuda)]
     for name in names:
         if name.startswith("random:") and name.removeprefix("random:") not in SHAPES:
-            raise InputError(f"{name} is none of random:{', random:'.join(SHAPES)}")
+            raise InputError(f"{name} is none of {shapes}")
     versions = dict(torch=torch.__version__, python=platform.python_version())
     if lack := missing():
-        print(f"not installed: {', '.join(lack)} (pip install -r requirements-dev.txt);"
-              " the rows of transformers + peft are left out")  # fmt: skip
+        print(f"not installed: {', '.join(lack)} (pip install -r requirements-dev.txt)")
+        print("the rows of transformers + peft are left out")
     else:
         import peft
         import transformers
 
         versions |= dict(transformers=transformers.__version__, peft=peft.__version__)
     machine = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} thread(s)"
-    made = dict(device=device.type, machine=machine, precision=precision, versions=versions,
-                rounds=args.rounds, batch=args.batch, prompts=args.prompts,
-                new_tokens=args.new_tokens, fit=args.fit, models={})  # fmt: skip
+    made = dict(device=device.type, machine=machine, precision=precision, versions=versions)
+    made |= {name: getattr(args, name) for name in ("rounds", "batch", "prompts", "new_tokens")}
+    made |= dict(fit=args.fit, models={})
     for name in names:
         shape = SHAPES.get(name.removeprefix("random:")) if name.startswith("random:") else None
         if shape and "transformers" in lack:
@@ -646,8 +642,8 @@ def main() -> None:
                 batches, prompts = texts(folder, args.data, args.rounds + args.fit, *size)
                 batches, fit = batches[: args.rounds], batches[args.rounds :]
             models = contenders(folder, device, precision, fit, args.on_device)
-        print(f"\n{name} on {device.type}, {machine}, {precision}: batches of {args.batch},"
-              f" {args.prompts} prompts, {args.rounds} rounds, median (least-most)")  # fmt: skip
+        how = f"batches of {args.batch}, {args.prompts} prompts, {args.rounds} rounds"
+        print(f"\n{name} on {device.type}, {machine}, {precision}: {how}, median (least-most)")
         rows = measure(models, batches, prompts, args.new_tokens, device)
         report(name, device.type, rows)
         made["models"][name] = dict(rows=rows, ratios=ratios(rows))

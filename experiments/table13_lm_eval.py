@@ -40,6 +40,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 from data import Example, collate, group_references, read_e2e
 from eval import beam_search, load_model
 from files import InputError, Parser, at_least, command_line, pick_device, reason
@@ -59,12 +60,7 @@ except ModuleNotFoundError as error:  # main says so; --help works
 else:
     MISSING = None
 
-PAPER = {  # task in the harness: LoRA, MoLEx (Table 13)
-    "mmlu": (30.42, 31.51),
-    "agieval_en": (19.16, 19.81),
-    "hellaswag": (47.14, 48.23),
-    "arc_challenge": (36.69, 37.80),
-}
+PAPER = train.PAPER["table13"]
 
 
 class HarnessModel(TemplateLM):
@@ -182,10 +178,9 @@ class HarnessModel(TemplateLM):
                 group = sorted(group, key=lambda i: len(prompts[i]), reverse=True)
                 for at in range(0, len(group), self.batch_size):
                     some = group[at : at + self.batch_size]
-                    found = beam_search(
-                        self.model, [prompts[i] for i in some], self.eot_token_id, beams=1,
-                        no_repeat_ngram=0, max_new_tokens=length,
-                    )  # fmt: skip
+                    how = dict(beams=1, no_repeat_ngram=0, max_new_tokens=length)
+                    ids = [prompts[i] for i in some]
+                    found = beam_search(self.model, ids, self.eot_token_id, **how)
                     for i, ids in zip(some, found, strict=True):
                         texts[i] = self.tokenizer.decode(ids)
                         for stop in filter(None, settings[i]["until"]):
@@ -252,10 +247,8 @@ def main() -> None:
     for name in args.models or ["nano/gpt2"]:
         model = HarnessModel(name, device, args.batch_size)
         try:
-            results = simple_evaluate(
-                model, tasks=specs, limit=args.limit, num_fewshot=args.num_fewshot,
-                task_manager=manager, log_samples=False,
-            )["results"]  # fmt: skip
+            how = dict(limit=args.limit, num_fewshot=args.num_fewshot, log_samples=False)
+            results = simple_evaluate(model, tasks=specs, task_manager=manager, **how)["results"]
         except OSError as error:
             raise InputError(f"a task's data cannot be fetched: {reason(error)}") from error
         found |= {(task, name): results[task] for task in tasks}
@@ -266,7 +259,7 @@ def main() -> None:
     for (task, name), scores in found.items():
         keys = [f"{key},none" for key in ("acc", "acc_stderr", "acc_norm")]
         values = [f"{100 * scores[key]:.2f}" if key in scores else "-" for key in keys]
-        lora, molex = (f"{x:.2f}" for x in PAPER[task]) if task in PAPER else "--"
+        lora, molex = PAPER.get(task, "--")
         ours = f"{task:15}{name:{width}}{values[0]:>8}{values[1]:>8}{values[2]:>10}"
         print(f"{ours}{lora:>13}{molex:>7}")
 

@@ -33,6 +33,7 @@ Where the paper is silent:
 import statistics
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import torch
@@ -41,25 +42,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 from files import Parser, at_least, command_line, pick_device
 from lora import add_lora
 from model import Config, Context, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
 
-LLAMA = dict(  # config.json of meta-llama/Llama-3.2-1B
-    model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
-    num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
-    rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                      original_max_position_embeddings=8192), tie_word_embeddings=True,
-)  # fmt: skip
+LLAMA = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))["Llama-3.2-1B"]
 LORA = dict(r=8, alpha=32)
 ALPACA = 52_002  # examples in tatsu-lab/alpaca
 HEADER = ["parameters", "trainable", "%", "MB", "FLOP/sample", "s/sample", "FLOP/s", "min/epoch"]
-PAPER = {
-    "LoRA": "1,236,666,368 | 851,968 | 0.0689 | 10,442 | 12.329 T | 0.506 | 24.366 T | 4:59",
-    "MoLEx": "1,236,699,152 | 884,752 | 0.0715 | 10,442 | 22.511 T | 0.557 | 40.415 T | 6:00",
-}
+PAPER = train.PAPER["table14"]
 
 
 class FixedRoute(MoLEx):
@@ -121,23 +114,23 @@ def si(x: float) -> str:
 
 def row(
     total: int, trainable: int, flop: int, seconds: float | None = None, memory: int | None = None
-) -> str:
+) -> list[str]:
     """The cells under HEADER; "-" for what was not measured. `seconds` are those of a sample."""
     cells = [f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.4f}"]
     cells += ["-" if memory is None else f"{memory / 1e6:,.0f}", si(flop)]
     if seconds is None:
-        return " | ".join([*cells, "-", "-", "-"])
+        return [*cells, "-", "-", "-"]
     minutes, rest = divmod(round(ALPACA * seconds), 60)
-    return " | ".join([*cells, f"{seconds:.3g}", si(flop / seconds), f"{minutes}:{rest:02}"])
+    return [*cells, f"{seconds:.3g}", si(flop / seconds), f"{minutes}:{rest:02}"]
 
 
-def print_table(title: str, rows: dict[str, str]) -> None:
+def print_table(title: str, rows: dict[str, list[str]]) -> None:
     print(f"\n{title}\n{'':33}" + "".join(f"{h:>14}" for h in HEADER))
     for label, cells in rows.items():
-        print(f"{label:33}" + "".join(f"{cell:>14}" for cell in cells.split(" | ")))
+        print(f"{label:33}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def bounds(config: Config, tokens: int) -> dict[str, str]:
+def bounds(config: Config, tokens: int) -> dict[str, list[str]]:
     """Rows of MoLEx at its most and at its least expensive (K = 1)."""
     T = config.n_layer
     return {

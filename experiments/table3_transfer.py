@@ -45,18 +45,16 @@ from make_glue import alter, realise_pair
 import train
 from data import GLUE, encode_glue, read_glue
 from eval import classify, load_run
-from files import InputError, Parser, command_line, pick_device
+from experiments.small import finished_runs, runs_parser
+from files import InputError, command_line, pick_device
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
 PAPER = {  # trained on, evaluated on: LoRA, MoLEx
-    ("qnli", "rte"): ("56.7 ± 1.1", "59.9 ± 1.3"),
-    ("qnli", "qqp"): ("63.2 ± .0", "65.7 ± .0"),
-    ("rte", "qnli"): ("56.1 ± .2", "58.5 ± .2"),
-    ("mrpc", "qqp"): ("65.7 ± .0", "67.9 ± .0"),
-    ("qqp", "qnli"): ("50.5 ± .2", "56.2 ± .2"),
-    ("qqp", "mrpc"): ("67.2 ± .4", "69.9 ± .7"),
+    (source, target): cells
+    for source, row in train.PAPER["table3"].items()
+    for target, cells in row.items()
 }
-SMALL = ["--model", "nano/roberta", "--task", "mrpc", "--compare", "--epochs", "2"]
+SMALL = "--model nano/roberta --task mrpc --compare --epochs 2"
 
 
 def write_rte(folder: Path, rows: int = 300) -> None:
@@ -81,8 +79,10 @@ def transfer(
     model, tokenizer, config = load_run(folder, device)
     own = config["task"]
     if own not in YES:
-        raise InputError(f"{folder} is a run on {own}, whose labels mean something else than those"
-                         f" of {', '.join(YES)}")  # fmt: skip
+        known = ", ".join(YES)
+        raise InputError(
+            f"{folder} is a run on {own}, whose labels mean something else than {known}'s"
+        )
     model.cast_frozen()
     limit, found = min(config["max_length"], model.config.max_positions), {}
     for task in dict.fromkeys([own, *targets]):
@@ -96,26 +96,21 @@ def transfer(
 
 
 def main() -> None:
-    parser = Parser(description="Table 3: evaluate runs on the dev sets of other tasks")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="finished runs of"
-                        f" {', '.join(YES)} (default: train nano/roberta on MRPC)")  # fmt: skip
-    parser.add_argument("--targets", nargs="+", choices=[*YES], default=[*YES],
-                        help="tasks to evaluate on (all four)")  # fmt: skip
-    parser.add_argument("--data", help="folder of the targets' official files (default:"
-                        " where a run's own came from)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/table3"),
-                        help="without RUN: where its runs and its data go")  # fmt: skip
+    about = "Table 3: evaluate runs on the dev sets of other tasks"
+    what = f"finished runs of {', '.join(YES)} (default: train nano/roberta on MRPC)"
+    parser = runs_parser(about, what, "runs/table3")
+    what = "tasks to evaluate on (all four)"
+    parser.add_argument("--targets", nargs="+", choices=[*YES], default=[*YES], help=what)
+    parser.add_argument("--data", help="folder of their official files (default: the run's own)")
     args = parser.parse_args()
-    device, folders, targets, data = pick_device(), args.runs, args.targets, args.data
-    if not folders:
-        _, settings = train.parse(SMALL)
-        folders = [train.run(s, args.out, False, device) for s in settings]
+    folders, targets, data = finished_runs(args, SMALL), args.targets, args.data
+    if not args.runs:
         targets, data = ["rte"], str(args.out / "data")
         write_rte(Path(data))
 
     scores, methods = defaultdict(lambda: defaultdict(list)), []
     for folder in folders:
-        found = transfer(folder, targets, data, device)
+        found = transfer(folder, targets, data, pick_device(args.device))
         s = train.Settings(**json.loads((folder / "config.json").read_text()))
         methods += [s.method] * (s.method not in methods)
         for task, (accuracy, base) in found.items():

@@ -40,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, encode_glue, read_glue
 from eval import accuracy, classify, load_run, read_run
-from files import InputError, Parser, at_least, command_line, pick_device, write_atomic
+from experiments.small import finished_runs, runs_parser
+from files import InputError, at_least, command_line, pick_device, write_atomic
 from model import Transformer
 
-PAPER = {"qnli": {"LoRA": "63.1 ± .2", "LoRA + MoLEx": "64.0 ± .2"},
-         "sst2": {"LoRA": "69.3 ± .1", "LoRA + MoLEx": "70.9 ± .2"}}  # fmt: skip
-SMALL = ["--model", "nano/roberta", "--task", "cola", "--compare", "--epochs", "2"]
+PAPER = train.PAPER["table4"]
+SMALL = "--model nano/roberta --task cola --compare --epochs 2"
 BATCHES = ("model", "data", "max_length", "eval_batch")  # what the evaluation's batches depend on
 
 Scores = dict[float, list[float]]  # size -> accuracies
@@ -113,31 +113,27 @@ def plot(results: dict[str, dict[str, Scores]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Table 4: accuracy of runs under noise on the input embeddings")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN",
-                        help="finished runs (default: train nano/roberta on CoLA)")  # fmt: skip
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5],
-                        help="of the noise, relative to the embedding (0 to 1.5)")  # fmt: skip
+    about = "Table 4: accuracy of runs under noise on the input embeddings"
+    what = "finished runs (default: train nano/roberta on CoLA)"
+    parser = runs_parser(about, what, "runs/table4")
+    sizes, what = [0, 0.25, 0.5, 0.75, 1, 1.5], "of the noise, relative to the embedding (0 to 1.5)"
+    parser.add_argument("--sizes", type=float, nargs="+", default=sizes, help=what)
     parser.add_argument(
-        "--noise-seeds", type=at_least(1), default=3, help="draws of noise per size (3)"
+        "--noise-seeds", type=at_least(1), default=3, help="draws for each size (3)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/table4"),
-                        help="where the picture goes and, without RUN, its runs")  # fmt: skip
     args = parser.parse_args()
     if min(args.sizes) < 0:
         raise InputError("--sizes cannot be below 0")
-    device, folders = pick_device(), args.runs
-    if not folders:
-        folders = [train.run(s, args.out, False, device) for s in train.parse(SMALL)[1]]
-    configs, first = {folder: read_run(folder)[0] for folder in folders}, {}
+    device, first = pick_device(args.device), {}
+    configs = {folder: read_run(folder)[0] for folder in finished_runs(args, SMALL)}
     for folder, config in configs.items():
         task = config["task"]
         if task not in GLUE or not GLUE[task].labels:
             raise InputError(f"{folder} is a run on {task}, which has no accuracy")
         like = first.setdefault(task, config)
         if other := [name for name in BATCHES if config[name] != like[name]]:
-            raise InputError(f"{folder} has another {', '.join(other)} than the run on {task}"
-                             " before it, so the noise would differ; give it alone")  # fmt: skip
+            what = f"{folder} has another {', '.join(other)} than the run on {task} before it"
+            raise InputError(f"{what}, so the noise would differ; give it alone")
 
     results: dict[str, dict[str, Scores]] = {}
     for folder, config in configs.items():

@@ -38,21 +38,8 @@ from eval import load_model
 from experiments.table7_tasks import FILES, read_senteval, write_tasks
 from files import InputError, Parser, at_least, command_line, pick_device
 from model import Transformer
+from train import PAPER
 
-PAPER = """
-91.48  4.10 32.00 48.93 50.00 82.27 77.56 73.81 49.87 57.47
-87.99  0.61 29.75 35.10 54.32 79.74 74.05 71.83 49.87 50.00
-87.03  0.33 29.06 29.32 64.99 82.06 78.51 73.49 49.88 50.00
-85.78  0.16 29.30 29.26 73.29 82.29 76.14 74.69 50.07 50.00
-85.32  2.40 31.06 54.12 77.95 84.37 77.33 73.67 59.21 57.69
-84.15  1.97 31.83 57.57 81.82 85.35 80.80 78.53 62.74 60.05
-82.17  2.91 31.81 59.90 82.41 85.61 81.22 81.48 63.67 61.97
-79.75  0.68 28.99 48.44 82.34 84.79 80.28 80.26 64.94 57.88
-80.49  1.09 30.73 52.24 83.56 86.81 81.65 80.92 65.00 65.07
-77.75  1.06 29.83 49.96 83.10 86.19 81.63 79.14 64.52 66.28
-66.65  1.15 26.97 43.68 82.59 85.25 80.91 75.95 61.78 61.92
-73.69 18.25 30.56 60.26 85.25 87.55 82.92 79.51 63.52 66.62
-"""
 GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1, 0.2)]  # app. C.2
 
 
@@ -60,7 +47,7 @@ GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1,
 def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """The state of each text after each layer, (S, T, D) on the CPU: the mean over its real tokens.
     All layers are read in one pass."""
-    device, limit = model.embed.weight.device, model.config.max_positions
+    device, limit = model.device, model.config.max_positions
     ids = [encode_texts(tokenizer, (text,), limit) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out, layers = torch.empty(len(ids), model.config.n_layer, model.config.d_model), model.layers
@@ -156,13 +143,13 @@ def print_table(title: str, table: dict[str, list[float]], chance: list[float]) 
 def main() -> None:
     parser = Parser(description="Table 7: what a small classifier finds in each layer's states")
     parser.add_argument("--model", default="nano/roberta", help="folder, hub name or run folder")
-    parser.add_argument("--senteval", type=Path, metavar="DIR", help="SentEval's data/probing, or"
-                        " what table7_tasks.py made (default: of nano/e2e)")  # fmt: skip
+    what = "SentEval's data/probing, or what table7_tasks.py made (default: of nano/e2e)"
+    parser.add_argument("--senteval", type=Path, metavar="DIR", help=what)
     parser.add_argument("--tasks", nargs="+", choices=FILES, help="only these")
-    parser.add_argument("--size", type=at_least(20), help="training sentences, and half as many"
-                        " to validate and to test (all; without --senteval 1000)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/table7"),
-                        help="without --senteval: where the tasks go")  # fmt: skip
+    what = "training sentences, and half as many to validate and to test (all; of nano/e2e 1000)"
+    parser.add_argument("--size", type=at_least(20), help=what)
+    what = "without --senteval: where the tasks go"
+    parser.add_argument("--out", type=Path, default=Path("runs/table7"), help=what)
     args = parser.parse_args()
     if not args.senteval:
         texts = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
@@ -194,9 +181,8 @@ def main() -> None:
             for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)
         ]
     print_table(f"{args.model}, accuracy in %", table, chance)
-    paper = zip(*(map(float, line.split()) for line in PAPER.split("\n")[1:-1]), strict=True)
-    columns = {name: [*c] for name, c in zip(FILES, paper, strict=True) if name in table}
-    print_table("Table 7 of the paper: RoBERTa-base, SentEval's own files", columns, [])
+    paper = {name: PAPER["table7"][name] for name in table}
+    print_table("Table 7 of the paper: RoBERTa-base, SentEval's own files", paper, [])
 
 
 if __name__ == "__main__":

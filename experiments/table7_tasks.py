@@ -31,11 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import InputError, Parser, at_least, command_line, write_text
 
 FILES = {  # SentEval's, in the order of Table 7
-    "SentLen": "sentence_length", "WC": "word_content", "TreeD": "tree_depth",
-    "TopConst": "top_constituents", "BShift": "bigram_shift", "Tense": "past_present",
-    "SubjNum": "subj_number", "ObjNum": "obj_number", "SOMO": "odd_man_out",
+    "SentLen": "sentence_length",
+    "WC": "word_content",
+    "TreeD": "tree_depth",
+    "TopConst": "top_constituents",
+    "BShift": "bigram_shift",
+    "Tense": "past_present",
+    "SubjNum": "subj_number",
+    "ObjNum": "obj_number",
+    "SOMO": "odd_man_out",
     "CoordInv": "coordination_inversion",
-}  # fmt: skip
+}
 BINS = [range(5, 9), range(9, 13), range(13, 17), range(17, 21), range(21, 26), range(26, 29)]
 SHARES = {"tr": 1.0, "va": 0.5, "te": 0.5}  # of --size
 Task = dict[str, list[tuple[str, str]]]  # "tr", "va", "te": rows of label, sentence
@@ -150,8 +156,8 @@ def main() -> None:
     parser = Parser(description="Make SentLen, WC and BShift of plain text, in SentEval's format")
     parser.add_argument("--text", type=Path, required=True, metavar="DIR", help="holds *.txt")
     parser.add_argument("--out", type=Path, required=True, metavar="TASKS", help="folder to write")
-    parser.add_argument("--size", type=at_least(20), default=1000, help="training sentences, and"
-                        " half as many to validate and to test (1000)")  # fmt: skip
+    what = "training sentences, and half as many to validate and to test (1000)"
+    parser.add_argument("--size", type=at_least(20), default=1000, help=what)
     parser.add_argument("--words", type=at_least(2), default=1000, help="of WC, at most (1000)")
     args = parser.parse_args()
     texts = read_lines(*sorted(args.text.glob("*.txt")) or [args.text / "*.txt"])

@@ -32,12 +32,10 @@ from data import GLUE
 from eval import accuracy, read_scores
 from files import Parser, command_line, pick_device
 
-PAPER = {
-    1: {("cola", "matthews"): "64.8 ± .5", ("qqp", "accuracy"): "91.0 ± .0",
-        ("sst2", "accuracy"): "95.4 ± .2"},
-    2: {("cola", "matthews"): "63.7 ± .4", ("qqp", "accuracy"): "90.7 ± .0",
-        ("sst2", "accuracy"): "95.0 ± .3"},
-}  # fmt: skip
+PAPER = {  # K -> (task, metric) -> what the paper has
+    int(k): {(task, GLUE[task].metric): cell for task, cell in row.items()}
+    for k, row in train.PAPER["table8"].items()
+}
 SMALL = ["--model", "nano/roberta", "--data", "nano/glue", "--epochs", "2"]
 
 
@@ -55,24 +53,24 @@ def scores(folder: Path, task: str) -> dict[str, float]:
 def main() -> None:
     parser = Parser(description="Table 8: train and compare MoLEx with K = 1 and K = 2")
     parser.add_argument("--model", help="hub name or folder (default: nano/roberta, on nano/glue)")
-    parser.add_argument("--task", nargs="+", default=["cola"], help="of GLUE (cola)",
-                        choices=[name for name, task in GLUE.items() if task.labels])  # fmt: skip
+    known = [name for name, task in GLUE.items() if task.labels]
+    parser.add_argument("--task", nargs="+", default=["cola"], choices=known, help="of GLUE (cola)")
     parser.add_argument("--data", help="folder of the official files (default: the hub)")
     parser.add_argument("--seeds", nargs="+", default=["0"], help="one run for each (0)")
     parser.add_argument("--epochs", help="passes over the training set (default: Table 5's)")
     parser.add_argument("--out", type=Path, default=Path("runs/table8"), help="where runs go")
     args = parser.parse_args()
-    given = [
-        f for n in ("model", "data", "epochs") if (v := getattr(args, n)) for f in ("--" + n, v)
-    ]
+    given = [] if args.model else SMALL
+    for name in ("model", "data", "epochs"):
+        if value := getattr(args, name):
+            given = [*given, f"--{name}", value]
 
     table: dict[int, dict] = {}  # K -> (task, metric) -> a value for each seed
     for k in PAPER:
         found = table[k] = defaultdict(list)
         for task in args.task:
-            flags = [*([] if args.model else SMALL), *given, "--task", task, "--top-k", str(k),
-                     "--seeds", *args.seeds]  # fmt: skip
-            for s in train.parse(flags)[1]:
+            flags = ["--task", task, "--top-k", str(k), "--seeds", *args.seeds]
+            for s in train.parse([*given, *flags])[1]:
                 folder = train.run(s, args.out / f"top-{k}", False, pick_device())
                 for metric, value in scores(folder, task).items():
                     found[task, metric].append(value)

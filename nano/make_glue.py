@@ -52,10 +52,12 @@ def scramble(text: str, rng: random.Random) -> str:
     if it has none. Commas, full stops and the first word of each sentence stay where they are."""
     parts = UNITS.split(text)  # units at odd places, what parts them at even ones
     places = [
-        i for i in range(1, len(parts) - 2, 2)
-        if parts[i] in HEADS and parts[i + 1] == " "
+        i
+        for i in range(1, len(parts) - 2, 2)
+        if parts[i] in HEADS
+        and parts[i + 1] == " "
         and parts[i + 2] not in VALUES["food"]  # "Tansy Thai has food" might be one's name
-    ]  # fmt: skip
+    ]
     count, moved = pick([2, 1, 3], rng), set()
     for i in sorted(places, key=lambda _: rng.random()):
         if len(moved) < 2 * count and not moved & {i, i + 2}:

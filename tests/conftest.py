@@ -31,8 +31,9 @@ from files import command_line
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 97
 
-GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0,
-            eos_token_id=0)  # fmt: skip
+GPT2 = dict(
+    vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+)
 ROBERTA = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
                intermediate_size=48, max_position_embeddings=66, type_vocab_size=1,
                layer_norm_eps=1e-5, num_labels=3)  # fmt: skip

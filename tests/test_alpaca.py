@@ -29,7 +29,7 @@ from tokenizers.processors import Sequence as Processors
 
 import eval as evaluation
 import train
-from data import Example, Tokenizer, alpaca_prompt, encode_pairs, read_alpaca
+from data import Example, Tokenizer, alpaca_prompt, collate, encode_pairs, read_alpaca
 from eval import load_run
 from files import InputError
 from lora import add_lora, trained_tensors
@@ -206,8 +206,9 @@ def test_read_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     pairs = [
         (alpaca_prompt(r["instruction"], r["input"]), r["output"])
-        for i, r in enumerate(rows) if i not in (0, 11)
-    ]  # fmt: skip
+        for i, r in enumerate(rows)
+        if i not in (0, 11)
+    ]
     assert (read_alpaca(None, "dev"), read_alpaca(None, "train")) == (pairs[:1], pairs[1:])
     assert asked == 2 * [(("tatsu-lab/alpaca",), dict(split="train"))]
 
@@ -369,9 +370,7 @@ def test_a_checkpoint_without_an_end_token(llama3):
 def random_examples(seed: int = 0) -> list[Example]:
     torch.manual_seed(seed)
     sizes = [(9, 4), (3, 12), (20, 1), (1, 7)]
-    return [
-        Example(*(torch.randint(VOCAB, (n,)).tolist() for n in size)) for size in sizes
-    ]  # fmt: skip
+    return [Example(*(torch.randint(VOCAB, (n,)).tolist() for n in size)) for size in sizes]
 
 
 def test_the_loss_is_on_the_response_as_in_transformers(checkpoint):
@@ -383,7 +382,7 @@ def test_the_loss_is_on_the_response_as_in_transformers(checkpoint):
     mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in examples])
     with torch.no_grad():
         mean = tiny("llama")(input_ids=ids, attention_mask=mask, labels=labels).loss
-        ours = train.summed_loss(load(checkpoint("llama")), examples, 0.0)
+        ours = load(checkpoint("llama")).loss(collate(examples))
     assert ours.item() == pytest.approx(24 * mean.item(), rel=1e-5)
 
 
@@ -407,7 +406,7 @@ def test_only_the_instruction_votes(checkpoint, monkeypatch):
     ]
     assert all(a.answer != b.answer for a, b in zip(examples, others, strict=True))
     for some in (examples, others, random_examples(2)):
-        train.summed_loss(model, some, 0.0)
+        model.loss(collate(some))
     for prompt, _ in voters:
         place = torch.arange(prompt.shape[1])
         assert torch.equal(prompt, place < torch.tensor([len(e.prompt) for e in examples])[:, None])
@@ -504,9 +503,7 @@ def test_the_table_shows_what_the_paper_has(hub, tmp_path, capsys, model):
     rows = [line.split()[2:] for line in lines if "perplexity" in line]
     table_12 = [["4.18", "4.05"], ["4.11", "4.02"]] if model == LLAMA else [[], []]
     assert [row[3:] for row in rows] == table_12
-    assert [row[:3] for row in rows] == [
-        ["5.500", "5.250", "-0.250"], ["4.750", "4.875", "+0.125"]
-    ]  # fmt: skip
+    assert [row[:3] for row in rows] == [["5.500", "5.250", "-0.250"], ["4.750", "4.875", "+0.125"]]
 
 
 # ------------------------------------------------------------------------------- runs, end to end
@@ -518,8 +515,9 @@ FLAGS = "--task alpaca --model nano/gpt2 --lr 0.02 --lora-dropout 0 --max-new-to
 def compared(file, tmp_path_factory) -> dict[bool, Path]:
     """Two finished runs of two steps; without MoLEx and with it. Dev examples go one by one."""
     out = tmp_path_factory.mktemp("runs")
-    run_main(f"{FLAGS} --compare --data {file} --out {out} --epochs 2 --batch-size 54"
-             " --eval-batch 1")  # fmt: skip
+    run_main(
+        f"{FLAGS} --compare --data {file} --out {out} --epochs 2 --batch-size 54 --eval-batch 1"
+    )
     return {molex: out / f"nano-gpt2-alpaca-{'molex' if molex else 'lora'}-s0" for molex in (0, 1)}
 
 
@@ -583,8 +581,9 @@ def test_a_dev_set_of_prompts_too_long_to_answer_is_still_scored(tmp_path, token
     path = write(tmp_path / "alpaca.json", rows)
     (dev,) = encode_pairs(tokenizer, read_alpaca(path, "dev"), 256, task="alpaca")
     assert 256 - 64 < len(dev.prompt) < 256
-    run_main(f"--task alpaca --model nano/gpt2 --no-molex --max-steps 1 --data {path}"
-             f" --out {tmp_path}")  # fmt: skip
+    run_main(
+        f"--task alpaca --model nano/gpt2 --no-molex --max-steps 1 --data {path} --out {tmp_path}"
+    )
     scores = json.loads((tmp_path / "nano-gpt2-alpaca-lora-s0/scores.json").read_text())
     assert scores["dev_ppl"] > 1
 
@@ -616,7 +615,7 @@ def test_smollm2_learns(smollm2, tmp_path, monkeypatch, molex):
     model, tokenizer = prepare(s, CPU)
     monkeypatch.setattr(train, "prepare", lambda *_: (model, tokenizer))  # loaded once is enough
     _, dev = train.read_data(s, tokenizer, s.max_length)
-    before = train.dev_loss(model, dev["dev"], s.eval_batch)
+    before = evaluation.dev_loss(model, dev["dev"], s.eval_batch)
     train.train(s, tmp_path / "run", CPU)
     log = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log] == [4, 8]

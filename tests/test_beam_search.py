@@ -135,7 +135,7 @@ def small(tmp_path_factory) -> tuple[Path, list[str]]:
     """The small form, less trained, on a part of the test set: its run, and what it prints."""
     folder, lines = tmp_path_factory.mktemp("beam_search"), []
     with pytest.MonkeyPatch.context() as patch:
-        few = ["--no-molex", "--max-steps", "60", "--test-limit", "6"]
+        few = "--no-molex --max-steps 60 --test-limit 6"
         patch.setattr(script, "SMALL", few)
         patch.setattr(script, "print", lines.append, raising=False)
         patch.setattr(sys, "argv", ["beam_search.py", "--out", str(folder), "--device", "cpu"])

@@ -119,8 +119,11 @@ def test_trained_arms(small):
     logs = {arm: (folder / "metrics.jsonl").read_text() for arm, folder in first.items()}
     steps = {arm: json.loads(log.splitlines()[-1])["step"] for arm, log in logs.items()}
     assert steps == dict.fromkeys(TRAINED, 3) | {"lora-long": 6}
-    gate = {arm: load_file(first[arm] / "adapter.safetensors")["layers.gates.0.weight"]
-            for arm in TRAINED if not arm.startswith("lora")}  # fmt: skip
+    gate = {
+        arm: load_file(first[arm] / "adapter.safetensors")["layers.gates.0.weight"]
+        for arm in TRAINED
+        if not arm.startswith("lora")
+    }
     s = train.parse(["--model", "nano/gpt2", "--data", str(small)])[1][0]
     start = train.prepare(s, CPU)[0].layers.gates[0].weight
     assert gate["frozen"].equal(start) and gate["neighbour"].equal(start)

@@ -167,21 +167,24 @@ KINDS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 # ---------------------------------------------------------------------------------------- the files
 
 MERGES = ["Ġ t", "h e", "i n", "Ġt he", "Ġ a", "o u", "1 2"]
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS = {
     "gpt2": ByteLevel(add_prefix_space=False),
     "digits": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
-    "llama3": Sequence([Split(Regex(LLAMA3), "isolated"),
-                        ByteLevel(add_prefix_space=False, use_regex=False)]),
-}  # fmt: skip
+    "llama3": Sequence(
+        [Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    ),
+}
 CSV = 'mr,ref\n"name[A], food[b]","A, a ""b"" place."\nname[C],C’s café\nname[D],D is 5 of 5\n'
 ROWS = [dict(instruction=f"Say {i}.", input="now" * (i % 2), output=f"{i}") for i in range(6)]
 GLUE_ROWS = {
     "CoLA": "".join(f"gj04\t{i % 2}\t\tThe {i}th café closed.\n" for i in range(6)),
     "STS-B": "score\tsentence1\tsentence2\n" + "".join(f"{i}.25\tA {i}\tB\n" for i in range(5)),
-    "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\tA \"b\".\tB.\n0\t2\t3\tC\tD\n",
-}  # fmt: skip
+    "MRPC": 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\tA "b".\tB.\n0\t2\t3\tC\tD\n',
+}
 
 
 def write_tokenizer(folder: Path, words: str | None = None) -> None:
@@ -367,8 +370,10 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
         if (took := time.perf_counter() - started) > 10:
             failures.append(f"{kind} {i}: took {took:.0f} s")
     for kind in kinds:
-        print(f"{name:42}{kind:22}{outcomes[kind, 'read']:>7} read"
-              f"{outcomes[kind, 'refused']:>7} refused")  # fmt: skip
+        print(
+            f"{name:42}{kind:22}{outcomes[kind, 'read']:>7} read"
+            f"{outcomes[kind, 'refused']:>7} refused"
+        )
     assert not failures, f"{len(failures)} of them: " + "\n".join(failures[:20])
 
 

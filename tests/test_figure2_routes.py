@@ -45,8 +45,9 @@ def make_run(folder: Path, *flags: str) -> Path:
                 gate.weight.normal_()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(s)))
-    save_file({n: p.detach() for n, p in trained_tensors(model).items()},
-              folder / "adapter.safetensors")  # fmt: skip
+    save_file(
+        {n: p.detach() for n, p in trained_tensors(model).items()}, folder / "adapter.safetensors"
+    )
     metric = GLUE[s.task].metric if s.task in GLUE else "dev_loss"
     log = [{metric: 0.0, "train_loss": 0.0, "step": i + 1, "curve": []} for i in range(s.epochs)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
@@ -106,8 +107,10 @@ def test_shares_are_those_of_the_choices_made_in_evaluation(tmp_path, glue, monk
 
 
 def test_alpacas_shares_are_those_of_the_dev_set_without_the_samples(tmp_path, monkeypatch):
-    rows = [dict(instruction=f"Name {n} pubs.", input="near " * (n % 9), output="$7, $8; " * 40)
-            for n in range(200)]  # fmt: skip
+    rows = [
+        dict(instruction=f"Name {n} pubs.", input="near " * (n % 9), output="$7, $8; " * 40)
+        for n in range(200)
+    ]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     flags = ["--model", "nano/gpt2", "--task", "alpaca", "--data", str(tmp_path / "alpaca.json")]
     shares = evaluated(make_run(tmp_path / "run", *flags), monkeypatch)
@@ -146,7 +149,7 @@ def test_picture(monkeypatch, tmp_path):
 
 def test_small_form(glue, tmp_path, monkeypatch):
     lines: list[str] = []
-    few = [*figure2.SMALL, "--data", str(glue), "--epochs", "1"]
+    few = [f"{flags} --data {glue} --epochs 1" for flags in figure2.SMALL]
     monkeypatch.setattr(figure2, "SMALL", few)
     monkeypatch.setattr(figure2, "print", lines.append, raising=False)
     monkeypatch.setattr(sys, "argv", ["figure2_routes.py", "--out", str(tmp_path / "new")])

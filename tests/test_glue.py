@@ -130,9 +130,11 @@ def roberta(tmp_path_factory) -> Path:
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+        vocab_size=330,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     rng = random.Random(0)
     bpe.train_from_iterator([" ".join(rng.choices(WORDS, k=20)) for _ in range(99)], trainer)
     tiny("roberta", vocab_size=bpe.get_vocab_size()).save_pretrained(folder)
@@ -288,8 +290,11 @@ def test_all_tasks_and_methods(hub):
         (task, seed, molex) for task in LAYOUT for seed in (1, 2) for molex in (False, True)
     ]
     assert len({s.name for s in runs}) == 32
-    names = {settings("roberta-base", "rte", f"--tune {t}", m).name
-             for t in ("lora", "full", "bitfit") for m in (True, False)}  # fmt: skip
+    names = {
+        settings("roberta-base", "rte", f"--tune {t}", m).name
+        for t in ("lora", "full", "bitfit")
+        for m in (True, False)
+    }
     assert len(names) == 6
 
 
@@ -535,7 +540,7 @@ def test_loss_is_the_mean_over_the_examples(roberta, glue, task, decoder):
 def test_an_empty_share_of_a_batch_counts_for_nothing(roberta, glue, task):
     s = settings(roberta, task, f"--data {glue}")
     model, _ = prepare(s, CPU)
-    loss = train.summed_loss(model, [], 0.0)
+    loss = model.loss(collate([]))
     loss.backward()
     assert loss.item() == 0
     for name, p in trained_tensors(model).items():
@@ -605,8 +610,10 @@ def same(one: dict, other: dict) -> bool:
 def mnli(roberta, glue, tmp_path_factory) -> dict[bool, Path]:
     """Finished runs on MNLI without MoLEx and with it."""
     out = tmp_path_factory.mktemp("mnli")
-    run_main(f"--model {roberta} --task mnli --data {glue} --compare --epochs 3 --lr 0.02"
-             f" --gate-lr 0.01 --out {out}")  # fmt: skip
+    run_main(
+        f"--model {roberta} --task mnli --data {glue} --compare --epochs 3 --lr 0.02"
+        f" --gate-lr 0.01 --out {out}"
+    )
     lora, molex = sorted(f for f in out.iterdir() if f.is_dir())
     return {False: lora, True: molex}
 
@@ -692,7 +699,7 @@ def test_the_first_of_the_best_epochs_is_kept(roberta, glue, tmp_path, monkeypat
         after.append({n: p.detach().clone() for n, p in trained_tensors(model).items()})
         return loss
 
-    monkeypatch.setattr(train, "glue_scores", glue_scores)
+    monkeypatch.setattr(evaluation, "glue_scores", glue_scores)
     monkeypatch.setattr(train, "train_step", train_step)
     s = settings(roberta, "cola", f"--data {glue} --epochs 4")  # one step an epoch
     train.train(s, tmp_path, CPU)
@@ -721,8 +728,10 @@ def test_a_learnable_task_is_learned(roberta, tmp_path):
     rows = [(("no " + " !" * (1 + i % 2),), str(i % 2)) for i in range(64)]
     write_official(tmp_path, "sst2", "train", rows)
     write_official(tmp_path, "sst2", "dev", rows[:21])
-    run_main(f"--model {roberta} --task sst2 --data {tmp_path} --out {tmp_path}/runs --no-molex"
-             " --tune full --epochs 4 --lr 0.0005 --batch-size 4 --dropout 0")  # fmt: skip
+    run_main(
+        f"--model {roberta} --task sst2 --data {tmp_path} --out {tmp_path}/runs --no-molex"
+        " --tune full --epochs 4 --lr 0.0005 --batch-size 4 --dropout 0"
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["accuracy"] == 1
@@ -813,8 +822,11 @@ FULL = {  # Table 11, in its own order
     "average": "86.2 86.6",
 }  # fmt: skip
 FROM_MNLI = {  # Table 9: the other five are those of Table 1
-    "MRPC": "89.7 91.1", "RTE": "86.8 86.8", "STS-B": "91.3 91.3", "average": "87.1 87.6",
-}  # fmt: skip
+    "MRPC": "89.7 91.1",
+    "RTE": "86.8 86.8",
+    "STS-B": "91.3 91.3",
+    "average": "87.1 87.6",
+}
 
 
 @pytest.mark.parametrize("which", ["roberta-base", "roberta-large", "full", "from MNLI", "bitfit"])
@@ -974,9 +986,10 @@ def loralib_file(path: Path, r: int = 8, layers: int = 3) -> dict[str, torch.Ten
     name = "roberta.encoder.layer.{}.attention.self.{}.lora_{}"
     tensors = {
         name.format(i, p, side): torch.randn(*shape)
-        for i in range(layers) for p in ("query", "value")
+        for i in range(layers)
+        for p in ("query", "value")
         for side, shape in (("A", (r, 32)), ("B", (32, r)))
-    }  # fmt: skip
+    }
     head = {"classifier.dense.weight": torch.randn(32, 32), "classifier.dense.bias": torch.ones(32)}
     torch.save(tensors | head, path)
     return tensors

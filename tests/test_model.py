@@ -467,10 +467,12 @@ def test_config_that_does_not_fit(checkpoint, tmp_path, name, changes, message):
         ({"transformer.h.1.ln_1.weight": None}, r"lacks 1 tensor\(s\): layers.blocks.1.norm1.weig"),
         ({"transformer.h.1.attn.c_attn.bias": None}, "lacks 3 .*1.attn.k.bias, .*q.bias, .*v.bias"),
         ({"transformer.h.0.adapter.weight": torch.ones(2)}, "has unknown 1 .*0.adapter.weight"),
-        ({"transformer.wpe.weight": torch.ones(10, 32)},
-         r"has misshapen 1 .*positions.weight \(10, 32\), not \(64, 32\)"),
+        (
+            {"transformer.wpe.weight": torch.ones(10, 32)},
+            r"has misshapen 1 .*positions.weight \(10, 32\), not \(64, 32\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(checkpoint, tmp_path, changes, message):
     config, tensors = parts(checkpoint("gpt2"))
     tensors = {n: w for n, w in (tensors | changes).items() if w is not None}

@@ -224,9 +224,12 @@ def by_hand(model: Transformer, sequences: list):
 
 
 OPTIONS = dict(
-    top_k=(1, 2, 3), layers=(None, (1, 2)), learn_alpha=(False, True),
-    individual_gates=(False, True), gate_weight=("renormalised", "prob"),
-)  # fmt: skip
+    top_k=(1, 2, 3),
+    layers=(None, (1, 2)),
+    learn_alpha=(False, True),
+    individual_gates=(False, True),
+    gate_weight=("renormalised", "prob"),
+)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -746,9 +749,11 @@ def train_step(family: str, options: dict, rows: slice) -> dict:
     balance = model.layers.load_balance
     (logits[mask].square().sum() / 100 + balance).backward()
     return dict(
-        routes=spy.routes, balance=balance.item(), counts=model.layers.counts,
+        routes=spy.routes,
+        balance=balance.item(),
+        counts=model.layers.counts,
         gradients={n: p.grad for n, p in trained(model).items()},
-    )  # fmt: skip
+    )
 
 
 def one_rank(rank: int, folder: Path) -> None:

@@ -25,8 +25,11 @@ def test_the_committed_model_is_small(family):
     folder = ROOT / "nano" / family
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 8e6
     assert {f.name for f in folder.iterdir()} == {
-        "config.json", "merges.txt", "model.safetensors", "vocab.json"
-    }  # fmt: skip
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "vocab.json",
+    }
     assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {torch.float16}
     model = load(str(folder))
     assert 1.5e6 < sum(p.numel() for p in model.parameters()) < 2.5e6

@@ -97,8 +97,9 @@ def test_table_and_json_have_every_row(run):
     assert rows[THEIRS]["loss"] == pytest.approx(rows[LORA]["loss"], rel=1e-5)
     assert rows[THEIRS]["same"] == rows[ALONE]["same"] == rows[LORA]["same"] == 2
     assert [*made["models"]["nano/gpt2"]["ratios"]] == [*GOALS]
-    assert all(re.search(rf"^{re.escape(what)}.*(: met|: missed|no goal)", out, re.M)
-               for what in GOALS)  # fmt: skip
+    assert all(
+        re.search(rf"^{re.escape(what)}.*(: met|: missed|no goal)", out, re.M) for what in GOALS
+    )
 
 
 def test_without_peft_its_rows_are_left_out(run, monkeypatch):

@@ -204,8 +204,9 @@ def run(tmp_path_factory) -> Path:
     model, _ = build(json.loads((folder / "config.json").read_text()), CPU)
     torch.manual_seed(0)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    save_file({n: 0.1 * torch.randn_like(p) for n, p in trained.items()},
-              folder / "adapter.safetensors")  # fmt: skip
+    save_file(
+        {n: 0.1 * torch.randn_like(p) for n, p in trained.items()}, folder / "adapter.safetensors"
+    )
     return folder
 
 

@@ -144,7 +144,7 @@ def test_medians_are_of_a_sample_and_the_ratio_is_of_each_round(monkeypatch, cap
 
 
 def test_row_in_the_papers_units():
-    cells = row(1_236_666_368, 851_968, 12_329_240_494_080, 0.506, 10_442_000_000).split(" | ")
+    cells = row(1_236_666_368, 851_968, 12_329_240_494_080, 0.506, 10_442_000_000)
     assert cells[:7] == [*PAPER_LORA[:3], "10,442", "12.329 T", "0.506", "24.366 T"]
     assert cells[7] == "438:33"  # all of Alpaca, 52,002 samples, where the paper has 4:59
 

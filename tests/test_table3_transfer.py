@@ -39,7 +39,7 @@ def small(tmp_path_factory) -> tuple[Path, Table]:
             "\n".join(lines[: rows + 1]), "utf-8"
         )
     with pytest.MonkeyPatch.context() as patch:
-        few = [*table3.SMALL, "--data", str(folder / "glue"), "--epochs", "1"]
+        few = f"{table3.SMALL} --data {folder / 'glue'} --epochs 1"
         patch.setattr(table3, "SMALL", few)
         printed = run(patch, "--out", str(folder / "out"))
     return folder / "out", printed
@@ -92,15 +92,18 @@ def test_one_who_knows_scores_one_on_every_task(small, monkeypatch, source):
     """Texts that say yes or no, and a model that reads them and answers in its task's classes."""
     run = next(small[0].glob("nano-*-lora-*"))
     texts = {0.0: "no", 1.0: "yes"}
-    monkeypatch.setattr(table3, "load_run", lambda folder, device: (
-        model, tokenizer, {**config, "task": source}))  # fmt: skip
+    monkeypatch.setattr(
+        table3, "load_run", lambda folder, device: (model, tokenizer, {**config, "task": source})
+    )
     model, tokenizer, config = load_run(run, torch.device("cpu"))
     yes_rows = {"mrpc": "1", "qqp": "1", "rte": "entailment", "qnli": "entailment"}
 
     def rows(folder, task, split):
         said = [name == yes_rows[task] for name in GLUE[task].labels]
-        return [((texts[float(s)],), GLUE[task].labels.index(n))
-                for s, n in zip(said, GLUE[task].labels, strict=True)] * 3  # fmt: skip
+        return [
+            ((texts[float(s)],), GLUE[task].labels.index(n))
+            for s, n in zip(said, GLUE[task].labels, strict=True)
+        ] * 3
 
     def know(model, examples, batch):
         names = GLUE[source].labels

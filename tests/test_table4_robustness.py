@@ -33,7 +33,7 @@ def small(tmp_path_factory) -> tuple[Path, str]:
         (folder / "glue" / "CoLA" / f"{split}.tsv").write_text("\n".join(lines[:rows]), "utf-8")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        few = [*table4.SMALL, "--data", str(folder / "glue"), "--epochs", "1"]
+        few = f"{table4.SMALL} --data {folder / 'glue'} --epochs 1"
         patch.setattr(table4, "SMALL", few)
         patch.setattr(table4, "print", lines.append, raising=False)
         flags = ["--out", str(folder / "out"), "--noise-seeds", "2", "--sizes", "4", "0"]
@@ -123,8 +123,10 @@ def test_curve(monkeypatch, tmp_path):
         Figure, "savefig", lambda f, *a, **k: savefig(f, *a, **k) or drawn.append(f)
     )
     scores = {0.0: [0.9, 0.9], 1.0: [0.6, 0.8]}
-    table4.plot({"qnli": {"LoRA": scores, "LoRA + MoLEx": scores}, "sst2": {"LoRA": scores}},
-                tmp_path / "new" / "curve.png")  # fmt: skip
+    table4.plot(
+        {"qnli": {"LoRA": scores, "LoRA + MoLEx": scores}, "sst2": {"LoRA": scores}},
+        tmp_path / "new" / "curve.png",
+    )
     panels = drawn[0].axes
     assert [panel.get_title() for panel in panels] == ["QNLI", "SST-2"]
     assert [len(panel.containers) for panel in panels] == [2, 1]

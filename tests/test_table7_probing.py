@@ -30,7 +30,7 @@ from files import write_text
 from lora import trained_tensors
 from model import checkpoint_folder, load
 from molex import MoLExConfig, upcycle
-from train import Settings
+from train import PAPER, Settings
 
 TEXTS = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
 BOUNDS = {"0": (5, 8), "1": (9, 12), "2": (13, 16), "3": (17, 20), "4": (21, 25), "5": (26, 28)}
@@ -60,11 +60,11 @@ def number(cell: str) -> float:
 
 def test_sentences_by_hand():
     text = 'Mr. J. Smith can\'t come to-day. He told "no-one!" Did you see it ? and then no end'
-    assert sentences([text, "HE told \"no-one!\" Far too short.", "word " * 28 + "."]) == [
+    assert sentences([text, 'HE told "no-one!" Far too short.', "word " * 28 + "."]) == [
         ["Mr", ".", "J", ".", "Smith", "can't", "come", "to-day", "."],
         ["He", "told", '"', "no-one", "!"],
         ["Did", "you", "see", "it", "?"],
-    ]  # fmt: skip
+    ]
 
 
 def test_words_that_may_change_places():
@@ -285,8 +285,8 @@ def test_table_is_the_papers():
     lines = re.findall(r"^(\d+)\t((?:\S+\t){9}\S+)$", paper[paper.index("Table 7:") :], re.M)[:12]
     assert [int(layer) for layer, _ in lines] == [*range(12)]
     rows = [cells.replace("<b>", "**").replace("</b>", "**").split("\t") for _, cells in lines]
-    numbers = [line.split() for line in probing.PAPER.strip().split("\n")]
-    table = {n: [float(row[i]) for row in numbers] for i, n in enumerate(FILES)}
+    table = PAPER["table7"]
+    assert [*table] == [*FILES]
     for terminal in (False, True):
         with redirect_stdout(io.StringIO()) as out:
             out.isatty = lambda terminal=terminal: terminal

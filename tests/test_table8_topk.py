@@ -71,8 +71,10 @@ def test_table(small, table):
     assert table[""] == ["CoLA matthews", "CoLA accuracy"]
     for k, folder in runs(small).items():
         lines = [x.split("\t") for x in (folder / "predictions.tsv").read_text().splitlines()[1:]]
-        tp, tn, fp, fn = (sum((x[2], x[3]) == pair for x in lines)
-                          for pair in (("1", "1"), ("0", "0"), ("0", "1"), ("1", "0")))  # fmt: skip
+        tp, tn, fp, fn = (
+            sum((x[2], x[3]) == pair for x in lines)
+            for pair in (("1", "1"), ("0", "0"), ("0", "1"), ("1", "0"))
+        )
         assert tp + tn + fp + fn == len(lines) == 40
         product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
         r = (tp * tn - fp * fn) / product**0.5 if product else 0.0
@@ -101,12 +103,15 @@ def test_paper_numbers():
     ]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--task", "qqp"], r".*QQP/train.tsv is missing; .*"),
-    (["--task", "stsb"], r".*invalid choice: 'stsb'.*"),
-    (["--epochs", "0"], r"--epochs cannot be 0"),
-    (["--model", "nowhere/at-all"], r"model 'nowhere/at-all' is neither .*"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--task", "qqp"], r".*QQP/train.tsv is missing; .*"),
+        (["--task", "stsb"], r".*invalid choice: 'stsb'.*"),
+        (["--epochs", "0"], r"--epochs cannot be 0"),
+        (["--model", "nowhere/at-all"], r"model 'nowhere/at-all' is neither .*"),
+    ],
+)
 def test_bad_input(monkeypatch, failure, tmp_path, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["table8_topk.py", "--out", str(tmp_path), *flags])

@@ -180,7 +180,7 @@ def test_logits_only_where_there_is_a_target(monkeypatch):
     rows = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda h: rows.append(h.shape) or logits(h))
-    train.summed_loss(model, examples, 0.0)
+    model.loss(collate(examples))
     assert rows == [(sum(len(e.answer) for e in examples), model.config.d_model)]
 
 
@@ -211,7 +211,7 @@ def test_an_unknown_precision_is_not_taken_for_float32():
     model, tokenizer = prepare(settings(molex=False), CPU)
     model.precision = "fp16"
     with pytest.raises(InputError, match="precision is 'fp16', not bf16 or float32"):
-        train.dev_loss(model, some_examples(tokenizer), 4)
+        evaluation.dev_loss(model, some_examples(tokenizer), 4)
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -274,7 +274,7 @@ def test_the_load_balance_loss_trains_the_gate():
 def test_an_empty_share_of_a_batch_counts_for_nothing():
     """A process without a sequence (2 processes, 1 sequence) still takes part, with zeros."""
     model, _ = prepare(settings(), CPU)
-    loss = train.summed_loss(model, [], 0.1)
+    loss = model.loss(collate([]), 0.1)
     loss.backward()
     assert loss.item() == 0
     for name, p in trained_tensors(model).items():
@@ -510,15 +510,18 @@ def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
 
 def test_a_step_takes_so_many_batches_and_each_can_vote_for_itself(monkeypatch, tmp_path):
     """The other reading of the paper's batch size: that of one GPU of several."""
-    steps, votes, forward = [], [], train.summed_loss
+    steps, votes, loss = [], [], Transformer.loss
     s = settings("--batch-size 4 --batch-times 3 --accumulate 3 --max-steps 2")
     step = train.train_step
     monkeypatch.setattr(
         train, "train_step", lambda m, o, e, s: steps.append(len(e)) or step(m, o, e, s)
     )
-    monkeypatch.setattr(
-        train, "summed_loss", lambda m, e, x: votes.append(len(e)) or forward(m, e, x)
-    )
+
+    def vote(model, batch, *smoothing):
+        votes.extend([len(batch.ids)] * model.training)
+        return loss(model, batch, *smoothing)
+
+    monkeypatch.setattr(Transformer, "loss", vote)
     train.train(s, tmp_path, CPU)
     assert steps == [12, 12] and votes == [4] * 6
 
@@ -574,7 +577,7 @@ def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
         seen.append({n: p.detach().clone() for n, p in trained_tensors(model).items()})
         return next(losses)
 
-    monkeypatch.setattr(train, "dev_loss", dev_loss)
+    monkeypatch.setattr(evaluation, "dev_loss", dev_loss)
     train.train(settings("--epochs 3"), tmp_path, CPU)
     kept = load_file(tmp_path / "adapter.safetensors")
     assert all(torch.equal(kept[n], seen[1][n]) for n in kept)
@@ -595,7 +598,7 @@ def test_dev_loss_is_the_mean_over_tokens():
     tokens = sum(len(e.answer) for e in examples)
     for training in (True, False):
         model.train(training)
-        assert train.dev_loss(model, examples, 2) == pytest.approx(expected / tokens, rel=1e-5)
+        assert evaluation.dev_loss(model, examples, 2) == pytest.approx(expected / tokens, rel=1e-5)
         assert model.training == training
 
 
