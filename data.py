@@ -59,9 +59,8 @@ class Tokenizer:
         if unknown := order.keys() - vocab.keys() - symbols.keys():
             raise ValueError(f"its vocabulary lacks {min(unknown)!r}, which a merge makes")
         ranks = {bytes(symbols[ch] for ch in s): rank for rank, s in enumerate(order)}
-        self.bpe = tiktoken.Encoding(
-            "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
+        how = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bpe = tiktoken.Encoding("checkpoint", **how)
         self.lacks = bytes(b for s, b in symbols.items() if s not in vocab)
         self.words = regex.compile(pattern) if self.lacks else None
         self.to_id = [vocab.get(s) for s in order]
@@ -159,10 +158,8 @@ def _from_hub(what: str, data: str, *args: str, **kwargs: str):
     try:
         return load_dataset(*args, **kwargs)
     except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
-        raise InputError(
-            f"{what} cannot be fetched ({reason(error)}); get the official files by other means and"
-            f" pass --data {data}"
-        ) from error
+        way = f"get the official files by other means and pass --data {data}"
+        raise InputError(f"{what} cannot be fetched ({reason(error)}); {way}") from error
 
 
 # ---------------------------------------------------------------------------------------------- E2E
@@ -186,10 +183,8 @@ def e2e_prompt(mr: str) -> str:
     pair = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"
     if not re.fullmatch(f"{pair}(,{pair})*", mr):
         raise InputError(f"malformed MR {mr!r}; write it as name[Blue Spice], eatType[pub]")
-    pairs = re.findall(r"([^][,]+)\[([^][]*)\]", mr)
-    return " | ".join(
-        f"{E2E_NAMES.get(name.strip(), name.strip())} : {value.strip()}" for name, value in pairs
-    )
+    pairs = [(n.strip(), v.strip()) for n, v in re.findall(r"([^][,]+)\[([^][]*)\]", mr)]
+    return " | ".join(f"{E2E_NAMES.get(name, name)} : {value}" for name, value in pairs)
 
 
 def is_tokenized(folder: str | Path | None) -> bool:
@@ -380,8 +375,7 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
 
 
 def data_files(task: str, data: str | Path | None) -> list[Path]:
-    """The files that a run reads, none if they come from the hub. Raises InputError if one is not
-    there."""
+    """The files that a run reads, none if from the hub. Raises InputError if one is missing."""
     if data is None:
         return []
     if task == "alpaca":

@@ -285,10 +285,8 @@ def e2e_scores(predictions: list[str], references: list[list[str]]) -> dict[str,
     or not as many predictions as groups of references.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
-        raise InputError(
-            f"there must be one prediction for each group of references, and at least one of both, "
-            f"but there are {len(predictions)} predictions and {len(references)} groups"
-        )
+        what = f"{len(predictions)} predictions and {len(references)} groups"
+        raise InputError(f"give one prediction for each group of references, but there are {what}")
     metrics = (bleu, nist, meteor, rouge_l, cider)
     bar = tqdm(metrics, "metrics", leave=False)
     return {metric.__name__: metric(predictions, references) for metric in bar}
@@ -411,8 +409,7 @@ METRICS = {f.__name__: f for f in (accuracy, matthews, pearson)}
 def glue_scores(
     task: str, predictions: dict[str, list[float]], dev: dict[str, list[Example]]
 ) -> dict[str, float]:
-    """The task's metric over all dev splits together (Table 1: "overall"), and over each if there
-    are several."""
+    """The task's metric over all dev splits (Table 1: "overall"), and over each of several."""
     metric = METRICS[GLUE[task].metric]
     labels = {split: [e.label for e in examples] for split, examples in dev.items()}
     scores = {metric.__name__: metric(sum(predictions.values(), []), sum(labels.values(), []))}
@@ -454,8 +451,7 @@ def classify(model: Transformer, examples: list[Example], batch_size: int) -> li
 
 @torch.no_grad()
 def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> float:
-    """Mean loss of an answer's token in nats, without label smoothing. Its exponential is the
-    perplexity (Table 12)."""
+    """Mean loss of an answer's token in nats, unsmoothed: the log of the perplexity (Table 12)."""
     training, total = model.training, torch.zeros((), device=model.device)
     model.eval()
     for some in by_length(examples, batch_size, "  dev"):
@@ -556,9 +552,8 @@ def beam_search(
         final = (score / s**length_penalty).masked_fill(~ends, -math.inf)[:, :beams]
         done_score, best = torch.cat([done_score, final], dim=1).topk(beams)
         padded = F.pad(grown[:, :beams], (0, max_new_tokens - s))
-        done_ids = torch.cat([done_ids, padded], dim=1).gather(
-            1, best[..., None].expand(-1, -1, max_new_tokens)
-        )
+        place = best[..., None].expand(-1, -1, max_new_tokens)
+        done_ids = torch.cat([done_ids, padded], dim=1).gather(1, place)
         written = s - (token[:, :beams] == eos).long()  # the end token is left out
         done_length = torch.cat([done_length, written], dim=1).gather(1, best)
 
@@ -608,8 +603,7 @@ def generate(
 
 
 def build(config: dict, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's config.json: pretrained, with what is trained, with MoLEx if
-    set."""
+    """Pretrained model of a run's config.json, with what is trained and MoLEx; its tokenizer."""
     head = max(1, len(GLUE[config["task"]].labels)) if config["task"] in GLUE else "lm"
     model = load(config["model"], head=head, dropout=config["dropout"])
     model.precision = config["precision"]
@@ -690,10 +684,10 @@ def read_log(folder: Path, task: str) -> list[dict]:
     path, key = folder / "metrics.jsonl", GLUE[task].metric if task in GLUE else "dev_loss"
     entries = parse_json(read_text(path), path, lines=True)
     log = [check(entry, {key: NUMBER, "step": COUNT, "curve": (list,)}, path) for entry in entries]
-    plain = {"step": COUNT, "loss_sum": NUMBER}
-    gated = plain | dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
+    gate = dict.fromkeys(("changed", "own", "affinity", "balance", "alpha"), NUMBER)
     for point in (point for entry in log for point in entry["curve"]):
-        check(point, gated if "alpha" in point else plain, path)
+        check(point, {"step": COUNT, "loss_sum": NUMBER}, path)
+        check(point, gate if "alpha" in point else {}, path)
     return log
 
 

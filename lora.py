@@ -220,8 +220,7 @@ def adapters(model: Transformer) -> dict[str, Tensor]:
 def load_loralib(model: Transformer, file: Path) -> None:
     """Fill a RoBERTa's LoRA from a .bin file of github.com/microsoft/LoRA, whose names are those of
     transformers, with lora_A and lora_B. The task head in it is left out. It does not say alpha,
-    which is 16 in that repository's scripts for RoBERTa-base. Raises InputError if it does not
-    fit."""
+    which is 16 in that repository's scripts for RoBERTa-base. InputError if it does not fit."""
     pattern, tensors = r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$", read_tensors(file)
     found = {m: w for n, w in tensors.items() if (m := re.search(pattern, n))}
     if model.config.family != "roberta" or not found:

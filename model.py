@@ -411,9 +411,8 @@ class Transformer(nn.Module):
             cache.length += N if sees is None else 1
         length = N if cache is None else cache.length
         if length > c.max_positions:
-            raise InputError(
-                f"{length} tokens are more than the {c.max_positions} positions of the model"
-            )
+            what = f"{length} tokens are more than the {c.max_positions} positions of the model"
+            raise InputError(what)
         attention, position = None, seen.cumsum(1)[:, past:]  # (B, N), padding does not count
         if sees is not None:
             attention, position = sees[:, None], sees.sum(-1)
@@ -529,13 +528,11 @@ def checkpoint_folder(name: str | Path) -> Path:
         return folder
     except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
         if isinstance(error, GatedRepoError):
-            raise InputError(
-                f"model '{name}' is gated: ask for access at https://huggingface.co/{name}, then"
-                " log in with `hf auth login` or set HF_TOKEN to your access token"
-            ) from error
-        raise InputError(
-            f"model '{name}' is neither a folder nor to be had from the hub ({reason(error)})"
-        ) from error
+            what = f"model '{name}' is gated: ask for access at https://huggingface.co/{name}"
+            way = "then log in with `hf auth login` or set HF_TOKEN to your access token"
+            raise InputError(f"{what}, {way}") from error
+        what = f"model '{name}' is neither a folder nor to be had from the hub"
+        raise InputError(f"{what} ({reason(error)})") from error
 
 
 def read_config(folder: Path) -> Config:

@@ -133,9 +133,7 @@ class Settings:
     length_penalty: float = setting(0.9, "an answer's log-probability is over length ** this")
     no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
     max_new_tokens: int = setting(64, "longest answer")
-    beam_rule: str = setting(
-        "transformers", "whose beam search, see eval.py", "transformers", "lora"
-    )
+    beam_rule: str = setting("transformers", "whose search (eval.py)", "transformers", "lora")
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
     compile: bool = setting(False, "torch.compile of each layer; no gain on a CPU")
     cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
@@ -161,6 +159,377 @@ class Settings:
         return json.loads(json.dumps(asdict(self)))
 
 
+# ------------------------------------------------------------------------------------------- a step
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
+    """Add up gradients and loss, in place and in one message: few parameters are trained."""
+    if not dist.is_initialized():
+        return
+    parts = [p.grad for p in parameters] + [loss]
+    flat = torch.cat([x.flatten() for x in parts])
+    dist.all_reduce(flat)
+    for x, total in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
+        x.copy_(total.view_as(x))
+
+
+def train_step(
+    model: Transformer, optimizer: Optimizer, examples: list[Example] | Batch, s: Settings
+) -> Tensor:
+    """One optimizer step on one batch; returns its loss (a tensor, so that nothing waits for it).
+
+    Every process gets the whole batch and takes every n-th sequence. The loss is a mean over all
+    targets of the batch, whatever the micro-batches and processes it is spread over.
+    """
+    if isinstance(examples, Batch):
+        micros, targets = [examples], (examples.target != NO_TARGET).sum()
+    else:
+        (rank, processes), size = world(), -(-len(examples) // s.accumulate)
+        parts = [examples[i : i + size][rank::processes] for i in range(0, len(examples), size)]
+        micros, targets = [collate(part) for part in parts], sum(e.targets for e in examples)
+    total = torch.zeros((), device=model.device)
+    for micro in micros:
+        loss = model.loss(micro, s.label_smoothing) / targets
+        total += loss.detach()
+        if s.molex and s.load_balance:
+            loss = loss + s.load_balance * model.layers.load_balance / len(micros)
+        loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_over_processes(parameters, total)
+    if s.clip:
+        torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimizer, LambdaLR]:
+    """AdamW; linear warm-up from zero, then linear decay to zero at `steps`, as in transformers and
+    the LoRA code. Biases and norms do not decay; nor does a learned alpha, whose decay would pull
+    it towards 1/2 (appendix B.1 speaks of the gates)."""
+    alike = defaultdict(list)  # (learning rate, weight decay) -> parameters
+    for name, p in trained_tensors(model).items():
+        if name.startswith(("layers.gates.", "layers.alpha")):
+            decay = 0.0 if name.startswith("layers.alpha") else s.gate_weight_decay
+            alike[s.gate_lr, decay].append(p)
+        else:
+            alike[s.lr, s.weight_decay if p.dim() > 1 else 0.0].append(p)
+    groups = [dict(params=ps, lr=lr, weight_decay=decay) for (lr, decay), ps in alike.items()]
+    optimizer = AdamW(groups, eps=s.adam_eps)
+    warm = s.warmup if s.warmup >= 1 else math.ceil(s.warmup * steps)
+    schedule = LambdaLR(
+        optimizer, lambda t: t / warm if t < warm else (steps - t) / max(1, steps - warm)
+    )
+    return optimizer, schedule
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
+Splits = dict[str, list[Example]]  # name of a dev split -> its examples
+
+
+def fit(
+    s: Settings, folder: Path, model: Transformer, examples: list[Example], dev: Splits
+) -> None:
+    """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
+    rank, lengths, batch_size = world()[0], [len(e) for e in examples], s.batch_size * s.batch_times
+    per_epoch = -(-len(examples) // batch_size)
+    counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
+    run = Progress(s, folder, model, per_epoch)
+    graphed = GraphedStep(model, run.optimizer, s) if s.cuda_graphs else None
+    run.resume()
+    bar = tqdm(total=run.steps, initial=run.step, desc=s.name, disable=rank != 0)
+    saved = started = time.perf_counter()
+    try:
+        for epoch in range(len(run.log), -(-run.steps // per_epoch)):
+            batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
+            place = run.step - epoch * per_epoch
+            if not place:
+                run.loss_sum, run.curve = 0.0, []
+            for indices in batches[place : place + run.steps - run.step]:
+                batch = [examples[i] for i in indices]
+                with uninterrupted():
+                    loss = graphed(batch) if graphed else train_step(model, run.optimizer, batch, s)
+                    run.losses.append(loss)
+                    run.schedule.step()
+                    run.step, place = run.step + 1, place + 1
+                    bar.update()
+                    if run.step % 25 == 0 or place == per_epoch or run.step == run.steps:
+                        run.settle()
+                        bar.set_postfix(loss=f"{run.loss_sum / place:.3f}")
+                        gate = model.layers.summary() if s.molex else {}
+                        run.curve.append(dict(step=run.step, loss_sum=run.loss_sum, **gate))
+                    now = time.perf_counter()
+                    run.seconds, started = run.seconds + now - started, now
+                if rank == 0 and now - saved > SAVE_SECONDS:
+                    run.save()
+                    saved = now
+            if rank == 0:
+                found = dev_scores(model, s.task, dev, s.eval_batch)
+                entry = dict(epoch=epoch + 1, step=run.step, train_loss=run.loss_sum / place)
+                entry |= found | dict(seconds_per_step=run.seconds / run.step)
+                entries = [*run.log, entry | dict(examples=counts, curve=run.curve)]
+                if best_epoch(entries, s.task) is entries[-1]:
+                    best = {n: p.detach().cpu().contiguous() for n, p in run.tensors.items()}
+                    write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
+                lines = [json.dumps(e) + "\n" for e in entries]
+                write_text(folder / "metrics.jsonl", "".join(lines))
+                run.log = entries  # not before: a signal until here repeats the epoch's end
+                run.save()  # last: a kill before it does so too
+                text = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in found.items())
+                bar.write(f"epoch {epoch + 1}: train loss {entry['train_loss']:.4f}, {text}")
+            started = saved = time.perf_counter()
+    except KeyboardInterrupt:
+        if rank == 0:
+            run.save()
+        raise
+    finally:
+        bar.close()
+
+
+def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
+    """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
+    first what is there. Raises InputError if another process is at it, if last.pt has another
+    origin, or if the loss is no longer a number; the last state stays."""
+    model, tokenizer = prepare(s, device)
+    examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+    rank, processes = world()
+    with locked(folder) if rank == 0 else nullcontext():
+        if rank == 0 and fresh:
+            removed = folder.with_name(f".{folder.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)  # where a kill has left one
+            folder.rename(removed)  # at once: a kill leaves the whole run or none of it
+            folder.mkdir()
+            shutil.rmtree(removed)
+        if processes > 1:
+            dist.barrier()
+        fit(s, folder, model, examples, dev)
+
+
+def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
+    """Train and evaluate one run, or what is left of it; returns its folder."""
+    folder, (rank, _) = out / s.name, world()
+    if os.path.exists(folder / "config.json") and not fresh:
+        old = read_json(folder / "config.json")
+        if changed := differences(old, s.as_json()):
+            what = f"{folder} holds a run with another {', '.join(changed)}"
+            raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
+        finished = (folder / "scores.json").exists()
+        if rank == 0:
+            print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
+        if finished:
+            with suppress(InputError), locked(folder):
+                pass  # so goes the lock's file that a kill at the very end has left
+            return folder
+    train(s, folder, device, fresh)
+    if rank == 0:
+        evaluate_run(folder, device)
+    return folder
+
+
+# --------------------------------------------------------------------------- how far a run has come
+
+
+class Progress:
+    """How far a run has come, and what it trains; last.pt holds all that it takes to go on."""
+
+    KEPT = ("step", "seconds", "log", "loss_sum", "curve")
+
+    def __init__(self, s: Settings, folder: Path, model: Transformer, per_epoch: int) -> None:
+        self.s, self.folder, self.model, self.per_epoch = s, folder, model, per_epoch
+        self.steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
+        self.optimizer, self.schedule = make_optimizer(model, s, self.steps)
+        self.tensors, self.origin = trained_tensors(model), origin(s)
+        self.step, self.seconds, self.loss_sum = 0, 0.0, 0.0  # the sum is of the epoch
+        self.curve: list[dict] = []  # of the epoch: a point every 25 steps
+        self.log: list[dict] = []  # an entry for each epoch
+        self.losses: list[Tensor] = []  # of the steps since `settle`
+
+    def settle(self) -> None:
+        """Add up the losses since the last call. They, and at last the weights, must be finite."""
+        broken = not torch.stack([p.isfinite().all() for p in self.tensors.values()]).all()
+        recent = torch.stack(self.losses).tolist() if self.losses else []  # one transfer for all
+        for n, loss in enumerate(recent, self.step - len(recent)):
+            self.loss_sum += loss
+            if not math.isfinite(self.loss_sum) or broken and n + 1 == self.step:
+                place = f"batch {n % self.per_epoch + 1} of epoch {n // self.per_epoch + 1}"
+                what = f"{self.folder}: no finite loss or weights after step {n + 1} ({place})"
+                raise InputError(f"{what}; look at the data, or try --fresh with a smaller --lr")
+        self.losses.clear()
+
+    def save(self) -> None:
+        self.settle()
+        state = {name: getattr(self, name) for name in self.KEPT} | dict(origin=self.origin)
+        state |= dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict())
+        state |= dict(tensors={n: p.detach() for n, p in self.tensors.items()})
+        if self.s.molex:
+            state |= dict(sums=self.model.layers.sums, last=self.model.layers.last)
+        state |= dict(rng=torch.get_rng_state())
+        if self.model.device.type == "cuda":
+            state |= dict(cuda_rng=torch.cuda.get_rng_state(self.model.device))
+        write_atomic(self.folder / "last.pt", lambda path: torch.save(state, path))
+
+    def resume(self) -> None:
+        """Go on from last.pt; without one, write what the folder of a new run begins with."""
+        last, config = self.folder / "last.pt", self.folder / "config.json"
+        if not last.exists():  # all that the run needs has been read: from here on it is one
+            if world()[0] == 0:
+                write_text(self.folder / "origin.json", json.dumps(self.origin, indent=2) + "\n")
+                write_text(config, json.dumps(self.origin["settings"], indent=2) + "\n")
+            return
+        state, now = read_tensors(last, {"tensors": (dict,), "origin": (dict,)}), self.origin
+        parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
+        then = self.origin = check(state["origin"], parts, last)
+        other = [n for part in ("settings", "files") for n in differences(then[part], now[part])]
+        if other or not config.exists():
+            what = f"{last} is of a run with another {', '.join(other or ['folder'])}"
+            raise InputError(f"{what}; put that back or use --fresh")
+        for name in self.KEPT:
+            setattr(self, name, state[name])
+        fill(self.tensors, state["tensors"], last)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in ("sums", "last") if self.s.molex else ():
+            getattr(self.model.layers, name).copy_(state[name])
+        if world()[0] == 0:  # the other processes go on with dropout of their own
+            for n in differences(then["versions"], now["versions"]):
+                was, new = then["versions"][n], now["versions"][n]
+                print(f"{self.folder}: {n} was {was}, is now {new}")
+            torch.set_rng_state(state["rng"])
+            if self.model.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
+
+
+# --------------------------------------------------------------------------- what a run starts from
+
+
+def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """The model to train. The LoRA and a head start the same with and without MoLEx. Raises
+    InputError if its steps cannot be CUDA graphs and are to be."""
+    alone = device.type == "cuda" and s.accumulate == world()[1] == 1
+    if s.cuda_graphs and not (alone and (s.molex is None or s.molex.on_device)):
+        needs = "a GPU, one process, --accumulate 1, MoLEx --on-device"
+        raise InputError(f"--cuda-graphs needs {needs}")
+    torch.manual_seed(s.seed)
+    model, tokenizer = build(asdict(s), device)
+    if s.init:
+        took = start_from(model, Path(s.init))
+        if world()[0] == 0:
+            print(f"{s.name} starts from {s.init}: {took}")
+    model.cast_frozen()
+    for block in model.layers.blocks if s.compile else ():
+        block.compile(dynamic=True)
+    torch.manual_seed(s.seed + world()[0])  # dropout
+    return model.train(), tokenizer
+
+
+@torch.no_grad()
+def start_from(model: Transformer, path: Path) -> str:
+    """Take over what a finished run has trained, but for its head (Table 9), or the LoRA of a .bin
+    file; says what it took. A gate, with its alpha, is taken as a whole or, if the run has none of
+    that shape, stays new. Raises InputError if the rest does not fit."""
+    if path.is_file():
+        load_loralib(model, path)
+        return "its LoRA"
+    ours = {n: p for n, p in trained_tensors(model).items() if n not in task_head(model)}
+    theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
+    names = ours.keys() | theirs.keys()
+    gate = {n for n in names if n.startswith(("layers.gates.", "layers.alpha"))}
+    shapes = [{n: x.shape for n, x in side.items() if n in gate} for side in (ours, theirs)]
+    new = shapes[0] != shapes[1]
+    if new:
+        ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
+    fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
+    return "all but its head" + (" and its gate, for want of one of this shape" if new else "")
+
+
+def read_data(s: Settings, tokenizer: Tokenizer, limit: int) -> tuple[list[Example], Splits]:
+    """The training examples, and those of each dev split."""
+    splits = ("train", *(GLUE[s.task].dev if s.task in GLUE else ("dev",)))
+    data = {split: read_examples(tokenizer, s.task, s.data, split, limit) for split in splits}
+    if s.task == "e2e":
+        read_e2e(s.data, "test")  # only to be sure that it can be read
+    return data.pop("train"), data
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """The names that have another value; "differs" follows from the other settings."""
+    names = [name for name in then | now if name != "differs"]
+    return [name for name in names if then.get(name) != now.get(name)]
+
+
+def origin(s: Settings) -> dict:
+    """What a run is made of, for origin.json and last.pt: settings, SHA-256 of the files it reads
+    (not of what comes from the hub's data sets), versions, command and date."""
+    home, model = Path(__file__).parent, checkpoint_folder(s.model)
+    kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
+    files = sorted(f for kind in kinds.split() for f in model.glob(kind))
+    hashes = {}
+    for path in files + data_files(s.task, s.data):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    git = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    known = (home / ".git").exists() and shutil.which("git")
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit)
+    made = dict(settings=s.as_json(), files=hashes, versions=versions, command=shlex.join(sys.argv))
+    made["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    return made
+
+
+# -------------------------------------------------------------------------------------- CUDA graphs
+
+
+class GraphedStep:
+    """`train_step` as CUDA graphs, one for each shape of a batch: a step is one launch, not
+    thousands. Lengths are rounded up, so that shapes are few. The first batch of a shape runs as it
+    is, and what is made lazily is made; the second is captured.
+    """
+
+    def __init__(self, model: Transformer, optimizer: Optimizer, s: Settings) -> None:
+        self.model, self.optimizer, self.s = model, optimizer, s
+        self.device, self.steps, self.pool = model.device, {}, None
+
+    def __call__(self, examples: list[Example]) -> Tensor:
+        if not self.steps:  # a graph reads the rate from where the schedule writes it
+            for group in self.optimizer.param_groups:
+                rate = torch.as_tensor(group["lr"], device=self.device)
+                group |= dict(capturable=self.device.type == "cuda", lr=rate)
+        batch = collate(examples, multiple=16)
+        shape = tuple(x.shape for x in vars(batch).values())
+        if shape not in self.steps:
+            self.steps[shape] = None
+            return train_step(self.model, self.optimizer, batch.to(self.device), self.s)
+        if self.steps[shape] is None:
+            fixed = batch.to(self.device)
+            self.steps[shape] = fixed, self.capture(fixed)
+        fixed, replay = self.steps[shape]
+        for x, new in zip(vars(fixed).values(), vars(batch).values(), strict=True):
+            x.copy_(new)
+        return replay()
+
+    def capture(self, batch: Batch) -> Callable[[], Tensor]:
+        """A step on what `batch` will hold, as a function that launches it."""
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = train_step(self.model, self.optimizer, batch, self.s)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss.clone()
+
+        return replay
+
+
+# ------------------------------------------------------------------ the paper's settings, and flags
+
 PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text("utf-8"))
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
 HOW = ("on_device", "compile", "cuda_graphs")  # a step runs, not what it computes
@@ -168,8 +537,7 @@ HOW = ("on_device", "compile", "cuda_graphs")  # a step runs, not what it comput
 
 def preset(shape: str, task: str) -> tuple[dict, str]:
     """What the paper, or the embedded default, sets for a model of [models] in paper.toml ("" for
-    any other) and a task, less what `Settings` has; and whose settings these are, if they are
-    another model's."""
+    any other) and a task, less what `Settings` has; and whose these are, if another model's."""
     kind, known = "glue" if task in GLUE else task, PAPER["presets"]
     nano = known["nano"].get(shape, {}).get(kind, {})
     if kind == "glue":
@@ -197,8 +565,7 @@ OWN = [name for name in FLAGS if name not in GATE]
 
 
 def make_parser() -> Parser:
-    """A flag for every `setting` of the two dataclasses; what is not given is left out of the
-    result."""
+    """A flag for every `setting` of the two dataclasses; the result has only what is given."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="hub name or folder (one of nano/, --compare)")
     task = dict(choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e")
@@ -270,7 +637,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             pair.append(Settings(model=model, task=task, data=data, seed=0, shape=shape, **own))
         runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
     for name, value in given.items():
-        if name in OWN and not isinstance(value, str):
+        if name in OWN and type(value) in (int, float):
             least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
             most = 1 if "dropout" in name or "smooth" in name else 1e30
             if not least <= value < most:  # nor not-a-number
@@ -302,360 +669,6 @@ def source(paths: list[str], model: str, molex: bool) -> tuple[str | None, dict]
     return path, {n: config[n] for n in ("tune", "lora_r", "lora_alpha") if n in config}
 
 
-# --------------------------------------------------------------------------------- data parallelism
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> None:
-    """Add up gradients and loss, in place and in one message: few parameters are trained."""
-    if not dist.is_initialized():
-        return
-    parts = [p.grad for p in parameters] + [loss]
-    flat = torch.cat([x.flatten() for x in parts])
-    dist.all_reduce(flat)
-    for x, total in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
-        x.copy_(total.view_as(x))
-
-
-# ----------------------------------------------------------------------------------------- training
-
-SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
-Splits = dict[str, list[Example]]  # name of a dev split -> its examples
-
-
-def train_step(
-    model: Transformer, optimizer: Optimizer, examples: list[Example] | Batch, s: Settings
-) -> Tensor:
-    """One optimizer step on one batch; returns its loss (a tensor, so that nothing waits for it).
-
-    Every process gets the whole batch and takes every n-th sequence. The loss is a mean over all
-    targets of the batch, whatever the micro-batches and processes it is spread over.
-    """
-    if isinstance(examples, Batch):
-        micros, targets = [examples], (examples.target != NO_TARGET).sum()
-    else:
-        (rank, processes), size = world(), -(-len(examples) // s.accumulate)
-        parts = [examples[i : i + size][rank::processes] for i in range(0, len(examples), size)]
-        micros, targets = [collate(part) for part in parts], sum(e.targets for e in examples)
-    total = torch.zeros((), device=model.device)
-    for micro in micros:
-        loss = model.loss(micro, s.label_smoothing) / targets
-        total += loss.detach()
-        if s.molex and s.load_balance:
-            loss = loss + s.load_balance * model.layers.load_balance / len(micros)
-        loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_over_processes(parameters, total)
-    if s.clip:
-        torch.nn.utils.clip_grad_norm_(parameters, s.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-class GraphedStep:
-    """`train_step` as CUDA graphs, one for each shape of a batch: a step is one launch, not
-    thousands. Lengths are rounded up, so that shapes are few. The first batch of a shape runs as it
-    is, and what is made lazily is made; the second is captured.
-    """
-
-    def __init__(self, model: Transformer, optimizer: Optimizer, s: Settings) -> None:
-        self.model, self.optimizer, self.s = model, optimizer, s
-        self.device, self.steps, self.pool = model.device, {}, None
-
-    def __call__(self, examples: list[Example]) -> Tensor:
-        if not self.steps:  # a graph reads the rate from where the schedule writes it
-            for group in self.optimizer.param_groups:
-                rate = torch.as_tensor(group["lr"], device=self.device)
-                group |= dict(capturable=self.device.type == "cuda", lr=rate)
-        batch = collate(examples, multiple=16)
-        shape = tuple(x.shape for x in vars(batch).values())
-        if shape not in self.steps:
-            self.steps[shape] = None
-            return train_step(self.model, self.optimizer, batch.to(self.device), self.s)
-        if self.steps[shape] is None:
-            fixed = batch.to(self.device)
-            self.steps[shape] = fixed, self.capture(fixed)
-        fixed, replay = self.steps[shape]
-        for x, new in zip(vars(fixed).values(), vars(batch).values(), strict=True):
-            x.copy_(new)
-        return replay()
-
-    def capture(self, batch: Batch) -> Callable[[], Tensor]:
-        """A step on what `batch` will hold, as a function that launches it."""
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = train_step(self.model, self.optimizer, batch, self.s)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss.clone()
-
-        return replay
-
-
-@torch.no_grad()
-def start_from(model: Transformer, path: Path) -> str:
-    """Take over what a finished run has trained, but for its head (Table 9), or the LoRA of a .bin
-    file; says what it took. A gate, with its alpha, is taken as a whole or, if the run has none of
-    that shape, stays new. Raises InputError if the rest does not fit."""
-    if path.is_file():
-        load_loralib(model, path)
-        return "its LoRA"
-    ours = {n: p for n, p in trained_tensors(model).items() if n not in task_head(model)}
-    theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
-    names = ours.keys() | theirs.keys()
-    gate = {n for n in names if n.startswith(("layers.gates.", "layers.alpha"))}
-    shapes = [{n: x.shape for n, x in side.items() if n in gate} for side in (ours, theirs)]
-    new = shapes[0] != shapes[1]
-    if new:
-        ours, theirs = ({n: x for n, x in side.items() if n not in gate} for side in (ours, theirs))
-    fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
-    return "all but its head" + (" and its gate, for want of one of this shape" if new else "")
-
-
-def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model to train. The LoRA and a head start the same with and without MoLEx. Raises
-    InputError if its steps cannot be CUDA graphs and are to be."""
-    alone = device.type == "cuda" and s.accumulate == world()[1] == 1
-    if s.cuda_graphs and not (alone and (s.molex is None or s.molex.on_device)):
-        raise InputError(
-            "--cuda-graphs needs a GPU, one process, --accumulate 1, MoLEx --on-device"
-        )
-    torch.manual_seed(s.seed)
-    model, tokenizer = build(asdict(s), device)
-    if s.init:
-        took = start_from(model, Path(s.init))
-        if world()[0] == 0:
-            print(f"{s.name} starts from {s.init}: {took}")
-    model.cast_frozen()
-    for block in model.layers.blocks if s.compile else ():
-        block.compile(dynamic=True)
-    torch.manual_seed(s.seed + world()[0])  # dropout
-    return model.train(), tokenizer
-
-
-def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimizer, LambdaLR]:
-    """AdamW; linear warm-up from zero, then linear decay to zero at `steps`, as in transformers and
-    the LoRA code. Biases and norms do not decay; nor does a learned alpha, whose decay would pull
-    it towards 1/2 (appendix B.1 speaks of the gates)."""
-    groups = defaultdict(list)  # (learning rate, weight decay) -> parameters
-    for name, p in trained_tensors(model).items():
-        if name.startswith(("layers.gates.", "layers.alpha")):
-            decay = 0.0 if name.startswith("layers.alpha") else s.gate_weight_decay
-            groups[s.gate_lr, decay].append(p)
-        else:
-            groups[s.lr, s.weight_decay if p.dim() > 1 else 0.0].append(p)
-    optimizer = AdamW(
-        [dict(params=ps, lr=lr, weight_decay=decay) for (lr, decay), ps in groups.items()],
-        eps=s.adam_eps,
-    )
-    warm = s.warmup if s.warmup >= 1 else math.ceil(s.warmup * steps)
-    schedule = LambdaLR(
-        optimizer, lambda t: t / warm if t < warm else (steps - t) / max(1, steps - warm)
-    )
-    return optimizer, schedule
-
-
-def read_data(s: Settings, tokenizer: Tokenizer, limit: int) -> tuple[list[Example], Splits]:
-    """The training examples, and those of each dev split."""
-    splits = ("train", *(GLUE[s.task].dev if s.task in GLUE else ("dev",)))
-    data = {split: read_examples(tokenizer, s.task, s.data, split, limit) for split in splits}
-    if s.task == "e2e":
-        read_e2e(s.data, "test")  # only to be sure that it can be read
-    return data.pop("train"), data
-
-
-def differences(then: dict, now: dict) -> list[str]:
-    """The names that have another value; "differs" follows from the other settings."""
-    names = [name for name in then | now if name != "differs"]
-    return [name for name in names if then.get(name) != now.get(name)]
-
-
-def origin(s: Settings) -> dict:
-    """What a run is made of, for origin.json and last.pt: settings, SHA-256 of the files it reads
-    (not of what comes from the hub's data sets), versions, command and date."""
-    home, model = Path(__file__).parent, checkpoint_folder(s.model)
-    kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
-    files = sorted(f for kind in kinds.split() for f in model.glob(kind))
-    hashes = {}
-    for path in files + data_files(s.task, s.data):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    git = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
-    known = (home / ".git").exists() and shutil.which("git")
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else None
-    versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit)
-    made = dict(settings=s.as_json(), files=hashes, versions=versions, command=shlex.join(sys.argv))
-    made["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
-    return made
-
-
-def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
-    """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
-    first what is there. Raises InputError if another process is at it, if last.pt has another
-    origin, or if the loss is no longer a number; the last state stays."""
-    model, tokenizer = prepare(s, device)
-    examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
-    rank, processes = world()
-    with locked(folder) if rank == 0 else nullcontext():
-        if rank == 0 and fresh:
-            removed = folder.with_name(f".{folder.name}.removed")
-            shutil.rmtree(removed, ignore_errors=True)  # where a kill has left one
-            folder.rename(removed)  # at once: a kill leaves the whole run or none of it
-            folder.mkdir()
-            shutil.rmtree(removed)
-        if processes > 1:
-            dist.barrier()
-        fit(s, folder, model, examples, dev)
-
-
-def fit(
-    s: Settings, folder: Path, model: Transformer, examples: list[Example], dev: Splits
-) -> None:
-    """The loop of `train`. Ctrl-C and SIGTERM, which come between two steps, save the state."""
-    device, rank, lengths = model.device, world()[0], [len(e) for e in examples]
-    counts = dict(train=len(examples), dev=sum(map(len, dev.values())))
-    batch_size = s.batch_size * s.batch_times
-    per_epoch = -(-len(examples) // batch_size)
-    steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
-    optimizer, schedule = make_optimizer(model, s, steps)
-    graphed = GraphedStep(model, optimizer, s) if s.cuda_graphs else None
-    tensors, made = trained_tensors(model), origin(s)
-
-    step, seconds, log, loss_sum = 0, 0.0, [], 0.0
-    curve: list[dict] = []  # of the epoch: a point every 25 steps
-    losses: list[Tensor] = []  # of the steps since `settle`
-    last, config = folder / "last.pt", folder / "config.json"
-    if last.exists():
-        state = read_tensors(last, {"tensors": (dict,), "origin": (dict,)})
-        parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
-        then = check(state["origin"], parts, last)
-        other = [n for part in ("settings", "files") for n in differences(then[part], made[part])]
-        if other or not config.exists():
-            what = ", ".join(other or ["folder"])
-            raise InputError(
-                f"{last} is of a run with another {what}; put that back or use --fresh"
-            )
-        fill(tensors, state["tensors"], last)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step, seconds, log = state["step"], state["seconds"], state["log"]
-        loss_sum, curve = state["loss_sum"], state["curve"]
-        if s.molex:
-            for name in ("sums", "last"):
-                getattr(model.layers, name).copy_(state[name])
-        if rank == 0:  # the other processes go on with dropout of their own
-            for n in differences(then["versions"], made["versions"]):
-                print(f"{folder}: {n} was {then['versions'][n]}, is now {made['versions'][n]}")
-            torch.set_rng_state(state["rng"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], device)
-        made = then
-    elif rank == 0:  # all that the run needs has been read: from here on there is a folder
-        write_text(folder / "origin.json", json.dumps(made, indent=2) + "\n")
-        write_text(config, json.dumps(made["settings"], indent=2) + "\n")
-
-    def settle() -> None:
-        """Add up the losses since the last call. They, and at last the weights, must be finite."""
-        nonlocal loss_sum
-        broken = not torch.stack([p.isfinite().all() for p in tensors.values()]).all()
-        recent = torch.stack(losses).tolist() if losses else []  # one transfer for all
-        for n, loss in enumerate(recent, step - len(recent)):
-            loss_sum += loss
-            if not math.isfinite(loss_sum) or broken and n + 1 == step:
-                where = f"step {n + 1} (batch {n % per_epoch + 1} of epoch {n // per_epoch + 1})"
-                what = f"{folder}: no finite loss or weights after {where}"
-                raise InputError(f"{what}; look at the data, or try --fresh with a smaller --lr")
-        losses.clear()
-
-    def save() -> None:
-        settle()
-        state = dict(step=step, seconds=seconds, log=log, loss_sum=loss_sum, curve=curve)
-        state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), origin=made)
-        state |= dict(tensors={n: p.detach() for n, p in tensors.items()})
-        state |= dict(sums=model.layers.sums, last=model.layers.last) if s.molex else {}
-        state |= dict(rng=torch.get_rng_state())
-        state |= dict(cuda_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else {}
-        write_atomic(last, lambda path: torch.save(state, path))
-
-    bar = tqdm(total=steps, initial=step, desc=s.name, disable=rank != 0)
-    saved = started = time.perf_counter()
-    try:
-        for epoch in range(len(log), -(-steps // per_epoch)):
-            batches = shuffled_batches(lengths, batch_size, 1000 * s.seed + epoch, s.length_groups)
-            place = step - epoch * per_epoch
-            if not place:
-                loss_sum, curve = 0.0, []
-            for indices in batches[place : place + steps - step]:
-                batch = [examples[i] for i in indices]
-                with uninterrupted():
-                    loss = graphed(batch) if graphed else train_step(model, optimizer, batch, s)
-                    losses.append(loss)
-                    schedule.step()
-                    step, place = step + 1, place + 1
-                    bar.update()
-                    if step % 25 == 0 or place == per_epoch or step == steps:
-                        settle()
-                        bar.set_postfix(loss=f"{loss_sum / place:.3f}")
-                        gate = model.layers.summary() if s.molex else {}
-                        curve.append(dict(step=step, loss_sum=loss_sum, **gate))
-                    now = time.perf_counter()
-                    seconds, started = seconds + now - started, now
-                if rank == 0 and now - saved > SAVE_SECONDS:
-                    save()
-                    saved = now
-            if rank == 0:
-                found = dev_scores(model, s.task, dev, s.eval_batch)
-                entry = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / place) | found
-                entry |= dict(seconds_per_step=seconds / step, examples=counts, curve=curve)
-                entries = [*log, entry]
-                if entry is best_epoch(entries, s.task):
-                    best = {n: p.detach().cpu().contiguous() for n, p in tensors.items()}
-                    write_atomic(folder / "adapter.safetensors", lambda p, b=best: save_file(b, p))
-                lines = [json.dumps(e) + "\n" for e in entries]
-                write_text(folder / "metrics.jsonl", "".join(lines))
-                log = entries  # not before: a signal until here repeats the epoch's end
-                save()  # last: a kill before it does so too
-                text = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in found.items())
-                bar.write(f"epoch {epoch + 1}: train loss {entry['train_loss']:.4f}, {text}")
-            started = saved = time.perf_counter()
-    except KeyboardInterrupt:
-        if rank == 0:
-            save()
-        raise
-    finally:
-        bar.close()
-
-
-def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
-    """Train and evaluate one run, or what is left of it; returns its folder."""
-    folder, (rank, _) = out / s.name, world()
-    if os.path.exists(folder / "config.json") and not fresh:
-        old = read_json(folder / "config.json")
-        if changed := differences(old, s.as_json()):
-            raise InputError(
-                f"{folder} holds a run with another {', '.join(changed)}; pass --fresh to replace"
-                " it or --out DIR to keep both"
-            )
-        finished = (folder / "scores.json").exists()
-        if rank == 0:
-            print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
-        if finished:
-            with suppress(InputError), locked(folder):
-                pass  # so goes the lock's file that a kill at the very end has left
-            return folder
-    train(s, folder, device, fresh)
-    if rank == 0:
-        evaluate_run(folder, device)
-    return folder
-
-
 # ------------------------------------------------------------------------------------------ results
 
 
@@ -673,8 +686,7 @@ def paper(s: Settings) -> dict[tuple[str, str], str]:
 
 
 def departures(runs: list[Settings], out: Path) -> list[str]:
-    """A line for every setting in which runs that stand beside the paper's numbers are not the
-    paper's."""
+    """A line for every setting in which runs beside the paper's numbers are not the paper's."""
     lines = []
     for s in runs:
         name = GLUE[s.task].folder if s.task in GLUE else s.task
@@ -769,6 +781,9 @@ def report(runs: list[Settings], out: Path) -> None:
         print(f"\ndifference: paired, mean of {seeds} seeds with its 95% interval (Student's t)")
     if lines := any(columns.values()) and departures(runs, out):
         print("\nNot as in the paper:", *lines, sep="\n  ")
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 def main() -> None:

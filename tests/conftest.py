@@ -1,14 +1,17 @@
 """What the tests share: small checkpoints written by transformers, and the real inputs beside the
 project, for those who have them."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -92,13 +95,34 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     return save
 
 
-@pytest.fixture
-def failure(capsys) -> Callable[[Callable[[], None]], str]:
-    """failure(main): the one line with which a command ends that a user got wrong."""
+def call(script: ModuleType, *flags: object) -> None:
+    """A script's main with these flags, in this process."""
+    with mock.patch.object(sys, "argv", [Path(script.__file__).name, *map(str, flags)]):
+        script.main()
 
-    def run(main: Callable[[], None]) -> str:
+
+def printed_by(script: ModuleType, *flags: object) -> list[str]:
+    """The lines that a script itself prints, and not what it calls, with these flags."""
+    out = io.StringIO()
+    with mock.patch.object(script, "print", partial(print, file=out), create=True):
+        call(script, *flags)
+    return out.getvalue().splitlines()
+
+
+def run_main(*flags: object) -> None:
+    """train.py with flags that may be several in one string; without pictures of routes."""
+    with mock.patch("eval.plot_routes"):
+        call(train, *" ".join(map(str, flags)).split())
+
+
+@pytest.fixture
+def failure(capsys) -> Callable[..., str]:
+    """failure(function, *arguments): the one line with which a command ends that a user got wrong,
+    such as failure(call, script, *flags)."""
+
+    def run(function: Callable[..., object], *arguments: object) -> str:
         with pytest.raises(SystemExit) as stopped:
-            command_line(main)
+            command_line(lambda: function(*arguments))
         error = re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]  # there may be bars before
         assert stopped.value.code == 2 and error.startswith("error: ")
         return error

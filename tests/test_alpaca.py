@@ -9,7 +9,6 @@ pytest tests/test_alpaca.py
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -17,7 +16,7 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-from conftest import VOCAB, tiny
+from conftest import VOCAB, run_main, tiny
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, models, trainers
@@ -35,7 +34,7 @@ from files import InputError
 from lora import add_lora, trained_tensors
 from model import Config, Transformer, load, read_config
 from molex import MoLExConfig, upcycle
-from train import Settings, main, parse, prepare, report
+from train import Settings, parse, prepare, report
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -436,13 +435,6 @@ def hub(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
 
 
-def run_main(*flags: str | Path) -> None:
-    """`python train.py` in this process, without the pictures."""
-    argv = ["train.py", *" ".join(map(str, flags)).split()]
-    with mock.patch.object(sys, "argv", argv), mock.patch.object(evaluation, "plot_routes"):
-        main()
-
-
 def settings(model: str | Path, flags: str = "", molex: bool = True) -> Settings:
     method = "" if molex else "--no-molex"
     return parse(f"--model {model} --task alpaca {flags} {method}".split())[1][0]
@@ -484,7 +476,7 @@ def test_a_gated_repository_is_one_line_about_the_token(monkeypatch, tmp_path, f
     gated = GatedRepoError("401 Client Error.\n\nCannot access gated repo", response=mock.Mock())
     monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=gated))
     flags = f"--model {LLAMA} --task alpaca --out {tmp_path / 'runs'}"
-    error = failure(lambda: run_main(flags))
+    error = failure(run_main, flags)
     for part in (f"'{LLAMA}' is gated", f"https://huggingface.co/{LLAMA}", "access token",
                  "HF_TOKEN", "hf auth login"):  # fmt: skip
         assert part in error
@@ -602,7 +594,7 @@ def test_bad_input_is_one_line_and_exit_2(file, tmp_path, failure, flags, messag
     write(tmp_path / "one.json", instructions(1))
     flags, message = (text.format(tmp=tmp_path) for text in (flags, message))
     command = f"{FLAGS} --data {file} --out {tmp_path / 'runs'} {flags}"
-    assert message in failure(lambda: run_main(command))
+    assert message in failure(run_main, command)
     assert not (tmp_path / "runs").exists()
 
 

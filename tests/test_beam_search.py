@@ -7,11 +7,12 @@ pytest tests/test_beam_search.py
 import json
 import math
 import re
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from conftest import call, printed_by
 from test_generate import random_prompts, repeats
 from test_molex import lora_model, molex_model
 
@@ -133,14 +134,10 @@ def test_without_an_end_the_best_of_the_longest_is_taken():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, list[str]]:
     """The small form, less trained, on a part of the test set: its run, and what it prints."""
-    folder, lines = tmp_path_factory.mktemp("beam_search"), []
-    with pytest.MonkeyPatch.context() as patch:
-        few = "--no-molex --max-steps 60 --test-limit 6"
-        patch.setattr(script, "SMALL", few)
-        patch.setattr(script, "print", lines.append, raising=False)
-        patch.setattr(sys, "argv", ["beam_search.py", "--out", str(folder), "--device", "cpu"])
-        script.main()
-    return next(folder.iterdir()), "\n".join(lines).split("\n")
+    folder = tmp_path_factory.mktemp("beam_search")
+    with mock.patch.object(script, "SMALL", "--no-molex --max-steps 60 --test-limit 6"):
+        lines = printed_by(script, "--out", folder, "--device", "cpu")
+    return next(folder.iterdir()), lines
 
 
 def test_table(small):
@@ -160,18 +157,16 @@ def test_table(small):
 def test_outputs_that_differ_are_counted_and_scored(small, monkeypatch):
     """A search that answers nothing to the first two prompts, of three."""
     folder, _ = small
-    said, lines = [], []
+    said = []
 
     def quiet(model, prompts, eos, **search):
         said.append(search["beam_rule"])
         return [[]] if 3 < len(said) < 6 else beam_search(model, prompts, eos, **search)
 
     monkeypatch.setattr(evaluation, "beam_search", quiet)
-    monkeypatch.setattr(script, "print", lines.append, raising=False)
-    monkeypatch.setattr(sys, "argv", ["beam_search.py", str(folder), "--limit", "3"])
-    script.main()
+    lines = printed_by(script, folder, "--limit", 3)
     assert said == ["transformers"] * 3 + ["lora"] * 3
-    assert lines[0] == f"\n{folder.name}: 2 of 3 outputs differ (66.7%)"
+    assert lines[:2] == ["", f"{folder.name}: 2 of 3 outputs differ (66.7%)"]
     assert all(float(cell) < 0 for cell in lines[-1].split()[1:])
 
 
@@ -187,5 +182,4 @@ def test_bad_input(tmp_path, monkeypatch, failure, flags, message):
     monkeypatch.setattr(script, "load_run", lambda *_: (None, None, {"task": "cola"}))
     if "RUN" not in flags:
         monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["beam_search.py", *flags])
-    assert re.fullmatch(f"error: {message}", failure(script.main))
+    assert re.fullmatch(f"error: {message}", failure(call, script, *flags))

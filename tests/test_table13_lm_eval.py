@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import printed_by
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -242,16 +243,10 @@ def manager():
 
 
 @pytest.fixture
-def call(manager, monkeypatch, capsys):
-    """call(arguments): the table that the script prints, as rows of cells."""
+def call(manager, monkeypatch):
+    """call(*flags): the table that the script prints, as rows of cells."""
     monkeypatch.setattr(table13, "TaskManager", lambda: manager)
-
-    def run_main(*argv: str) -> list[list[str]]:
-        monkeypatch.setattr(sys, "argv", ["table13_lm_eval.py", *argv])
-        table13.main()
-        return [line.split() for line in capsys.readouterr().out.splitlines()]
-
-    return run_main
+    return lambda *flags: [line.split() for line in printed_by(table13, *flags)]
 
 
 @needs_harness

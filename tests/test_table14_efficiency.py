@@ -4,20 +4,18 @@ out by hand and FLOP counted on real passes; the order of measuring.
 pytest tests/test_table14_efficiency.py
 """
 
-import io
 import json
 import re
-import sys
-from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import call, need_shared, printed_by
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.table14_efficiency import ALPACA, LLAMA, LORA, count, main, measure, row
+from experiments import table14_efficiency as table14
+from experiments.table14_efficiency import ALPACA, LLAMA, LORA, count, measure, row
 from files import InputError
 from lora import add_lora
 from model import Config, load
@@ -27,17 +25,10 @@ from molex import upcycle
 PAPER_LORA = ["1,236,666,368", "851,968", "0.0689", "12.329 T"]
 
 
-def run(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["table14_efficiency.py", *flags])
-    main()
-
-
 @pytest.fixture(scope="module")
 def tables() -> list[dict[str, list[str]]]:
     """What the small form prints, label -> cells, for Llama and for nano/gpt2."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        run(patch, "--rounds", "3", "--tokens", "64", "--batch", "2")
-    lines = out.getvalue().splitlines()
+    lines = printed_by(table14, "--rounds", 3, "--tokens", 64, "--batch", 2)
     cells = [re.split(r"\s{2,}", line) for line in lines]
     split = next(i for i, line in enumerate(lines) if line.startswith("nano/gpt2, samples of 64"))
     return [{c[0]: c[1:] for c in part if len(c) == 9} for part in (cells[:split], cells[split:])]
@@ -132,12 +123,12 @@ def test_methods_take_turns_and_the_first_round_is_left_out(monkeypatch):
     assert peak == {"a": None, "b": None}
 
 
-def test_medians_are_of_a_sample_and_the_ratio_is_of_each_round(monkeypatch, capsys):
+def test_medians_are_of_a_sample_and_the_ratio_is_of_each_round(monkeypatch):
     seconds = {"LoRA": [2.0, 3.0, 8.0], "MoLEx": [4.0, 12.0, 8.0]}  # 2, 4 and 1 times as long
     peaks = {"LoRA": 5_000_000, "MoLEx": 7_000_000}
-    monkeypatch.setattr("experiments.table14_efficiency.measure", lambda *a: (seconds, peaks))
-    run(monkeypatch, "--tokens", "8", "--batch", "4")
-    out = capsys.readouterr().out.partition("nano/gpt2")[2]
+    monkeypatch.setattr(table14, "measure", lambda *a: (seconds, peaks))
+    lines = printed_by(table14, "--tokens", 8, "--batch", 4)
+    out = "\n".join(lines).partition("nano/gpt2")[2]
     lora, molex = (re.search(rf"^{x}.*", out, re.M)[0].split() for x in ("LoRA", "MoLEx"))
     assert (lora[-7], lora[-4], molex[-7], molex[-4]) == ("5", "0.75", "7", "2")
     assert "MoLEx takes 2.00 x LoRA's time" in out
@@ -164,6 +155,6 @@ def test_llama_config_is_the_hubs():
         (["--model", "nano"], "no config.json"),
     ],
 )
-def test_what_the_user_can_put_right(monkeypatch, flags, message):
+def test_what_the_user_can_put_right(flags, message):
     with pytest.raises(InputError, match=message):
-        run(monkeypatch, *flags)
+        call(table14, *flags)

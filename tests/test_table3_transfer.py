@@ -6,13 +6,13 @@ pytest tests/test_table3_transfer.py
 import csv
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import call, need_shared, printed_by
 from test_nano_e2e import read
 
 from data import GLUE, encode_glue
@@ -38,19 +38,14 @@ def small(tmp_path_factory) -> tuple[Path, Table]:
         (folder / "glue" / "MRPC" / f"{split}.tsv").write_text(
             "\n".join(lines[: rows + 1]), "utf-8"
         )
-    with pytest.MonkeyPatch.context() as patch:
-        few = f"{table3.SMALL} --data {folder / 'glue'} --epochs 1"
-        patch.setattr(table3, "SMALL", few)
-        printed = run(patch, "--out", str(folder / "out"))
+    few = f"{table3.SMALL} --data {folder / 'glue'} --epochs 1"
+    with mock.patch.object(table3, "SMALL", few):
+        printed = run("--out", folder / "out")
     return folder / "out", printed
 
 
-def run(patch: pytest.MonkeyPatch, *flags: str) -> Table:
-    lines = []
-    patch.setattr(sys, "argv", ["table3_transfer.py", *flags])
-    patch.setattr(table3, "print", lambda text: lines.append(text), raising=False)
-    table3.main()
-    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+def run(*flags: object) -> Table:
+    cells = [re.split(r"\s{2,}", line.strip()) for line in printed_by(table3, *flags)]
     return {(c[0], c[1]): c[2:] for c in cells if len(c) > 4}
 
 
@@ -127,10 +122,10 @@ def test_paper_numbers(small):
             assert re.search(re.escape(cell).replace(r"±", r"\D+").replace(r"\ ", ""), line), cell
 
 
-def test_runs_given_as_folders(small, monkeypatch):
+def test_runs_given_as_folders(small):
     out, table = small
     folders = [str(f) for f in sorted(out.glob("nano-*"))]
-    again = run(monkeypatch, *folders, "--targets", "rte", "--data", str(out / "data"))
+    again = run(*folders, "--targets", "rte", "--data", out / "data")
     assert again == table
 
 
@@ -140,5 +135,4 @@ def test_a_run_of_another_kind_of_task(small, monkeypatch, failure, task):
     model, tokenizer, config = load_run(source, torch.device("cpu"))
     other = (model, tokenizer, {**config, "task": task})
     monkeypatch.setattr(table3, "load_run", lambda folder, device: other)
-    monkeypatch.setattr(sys, "argv", ["table3_transfer.py", str(source)])
-    assert f" is a run on {task}, " in failure(table3.main)
+    assert f" is a run on {task}, " in failure(call, table3, source)

@@ -7,12 +7,12 @@ pytest tests/test_table4_robustness.py
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import call, need_shared, printed_by
 from torch import Tensor
 
 from data import Example
@@ -31,14 +31,10 @@ def small(tmp_path_factory) -> tuple[Path, str]:
     for split, rows in (("train", 32), ("dev", 40)):
         lines = (locate("nano/glue") / "CoLA" / f"{split}.tsv").read_text("utf-8").split("\n")
         (folder / "glue" / "CoLA" / f"{split}.tsv").write_text("\n".join(lines[:rows]), "utf-8")
-    lines: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        few = f"{table4.SMALL} --data {folder / 'glue'} --epochs 1"
-        patch.setattr(table4, "SMALL", few)
-        patch.setattr(table4, "print", lines.append, raising=False)
-        flags = ["--out", str(folder / "out"), "--noise-seeds", "2", "--sizes", "4", "0"]
-        patch.setattr(sys, "argv", ["table4_robustness.py", *flags])
-        table4.main()
+    few = f"{table4.SMALL} --data {folder / 'glue'} --epochs 1"
+    with mock.patch.object(table4, "SMALL", few):
+        flags = ["--noise-seeds", 2, "--sizes", 4, 0]
+        lines = printed_by(table4, "--out", folder / "out", *flags)
     return folder / "out", "\n".join(lines)
 
 
@@ -154,10 +150,9 @@ def test_paper_numbers():
         ({}, ["--noise-seeds", "0"], r"argument --noise-seeds: 0 is less than 1"),
     ],
 )
-def test_bad_input(small, tmp_path, monkeypatch, failure, changes, flags, message):
+def test_bad_input(small, tmp_path, failure, changes, flags, message):
     good = runs(small)[0]
     other = Path(shutil.copytree(good, tmp_path / "other"))
     config = json.loads((good / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | changes))
-    monkeypatch.setattr(sys, "argv", ["table4_robustness.py", str(good), str(other), *flags])
-    assert re.fullmatch(f"error: {message}", failure(table4.main))
+    assert re.fullmatch(f"error: {message}", failure(call, table4, good, other, *flags))

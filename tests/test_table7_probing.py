@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import need_shared, tiny
+from conftest import call, need_shared, printed_by, tiny
 from safetensors.torch import save_file
 
 from data import Tokenizer, read_e2e
@@ -36,12 +36,11 @@ TEXTS = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e
 BOUNDS = {"0": (5, 8), "1": (9, 12), "2": (13, 16), "3": (17, 20), "4": (21, 25), "5": (26, 28)}
 
 
-def run(monkeypatch, *flags: str) -> tuple[dict[str, list[str]], str]:
+def run(*flags: object) -> tuple[dict[str, list[str]], str]:
     """What main prints: the first table, name -> cells from layer 0 to chance, and all of it."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as out:
-        monkeypatch.setattr(sys, "argv", ["table7_probing.py", "--out", folder, *flags])
-        probing.main()
-    return parse(out.getvalue()), out.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        text = "\n".join(printed_by(probing, "--out", folder, *flags))
+    return parse(text), text
 
 
 def parse(text: str) -> dict[str, list[str]]:
@@ -297,10 +296,10 @@ def test_table_is_the_papers():
     assert "\033[1m" in out.getvalue()
 
 
-def test_small_form(monkeypatch):
+def test_small_form():
     """nano/roberta, fewer sentences. Length is easy to tell from a mean of states; no layer but the
     first has to guess whether words have changed places."""
-    table, text = run(monkeypatch, "--size", "120")
+    table, text = run("--size", "120")
     assert [*table] == ["SentLen", "WC", "BShift"]
     for column in table.values():
         *layers, chance = map(number, column)
@@ -311,14 +310,14 @@ def test_small_form(monkeypatch):
     assert "SentLen: [120, 60, 60] sentences to train, validate, test; 6 classes" in text
 
 
-def test_the_papers_numbers_are_below(monkeypatch):
-    table, text = run(monkeypatch, "--tasks", "BShift", "SentLen", "--size", "24")
+def test_the_papers_numbers_are_below():
+    table, text = run("--tasks", "BShift", "SentLen", "--size", "24")
     below = parse(text[text.index("Table 7 of the paper") :])
     assert [*table] == [*below] == ["SentLen", "BShift"]
     assert (below["SentLen"][0], below["BShift"][11]) == ("**91.48**", "**85.25**")
 
 
-def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
+def test_run_folder_is_read_with_what_it_has_learned(tmp_path):
     config = asdict(Settings(model="nano/gpt2", task="e2e", data=None, seed=0, molex=None))
     tables = []
     for strength in (0, 3):
@@ -328,18 +327,16 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path, monkeypatch):
         save_file(tensors, tmp_path / "adapter.safetensors")
         write_text(tmp_path / "config.json", json.dumps(config))
         flags = ("--tasks", "SentLen", "--size", "24")
-        tables.append(run(monkeypatch, "--model", str(tmp_path), *flags)[0])
-    assert tables[0] == run(monkeypatch, "--model", "nano/gpt2", *flags)[0] != tables[1]
+        tables.append(run("--model", str(tmp_path), *flags)[0])
+    assert tables[0] == run("--model", "nano/gpt2", *flags)[0] != tables[1]
 
 
-def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch):
+def test_text_becomes_sentevals_files_that_are_read_back(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(2):
         write_text(tmp_path / "text" / f"{n}.txt", "\n".join(TEXTS[n::2]) + "\n")
     out = tmp_path / "new" / "tasks"
-    flags = ["--text", str(tmp_path / "text"), "--out", str(out), "--size", "40", "--words", "3"]
-    monkeypatch.setattr(sys, "argv", ["table7_tasks.py", *flags])
-    making.main()
+    call(making, "--text", tmp_path / "text", "--out", out, "--size", 40, "--words", 3)
     made = make_tasks(TEXTS[::2] + TEXTS[1::2], 40, 3)
     assert sorted(f.stem for f in out.iterdir()) == sorted(FILES[name] for name in made)
     for name, task in made.items():
@@ -347,14 +344,14 @@ def test_text_becomes_sentevals_files_that_are_read_back(tmp_path, monkeypatch):
     assert len({label for label, _ in made["WC"]["tr"]}) == 3
 
     flags = ("--model", "nano/gpt2", "--senteval", str(out))
-    table, text = run(monkeypatch, *flags)
+    table, text = run(*flags)
     assert [*table] == ["SentLen", "WC", "BShift"]
     assert f"{out} holds SentLen, WC, BShift alone" in text
     # the first 20 rows to train have two of the three words, those to test have two others
     rows = [("tr", *row) for row in made["WC"]["tr"]]
     rows += [(split, *row) for split in ("va", "te") for row in made["WC"][split][::-1]]
     write_text(out / "word_content.txt", "".join("\t".join(row) + "\n" for row in rows))
-    table, text = run(monkeypatch, *flags, "--tasks", "WC", "--size", "20")
+    table, text = run(*flags, "--tasks", "WC", "--size", "20")
     assert "WC: [20, 10, 10]" in text and "; 3 classes" in text
     assert len(table["WC"]) == 9 and [*table] == ["WC"]
 
@@ -381,8 +378,7 @@ def test_bad_input(tmp_path, monkeypatch, failure, flags, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["table7_probing.py", *flags])
-    assert message in failure(probing.main)
+    assert message in failure(call, probing, *flags)
 
 
 @pytest.mark.parametrize(
@@ -398,8 +394,7 @@ def test_bad_text(tmp_path, monkeypatch, failure, flags, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["table7_tasks.py", "--text", ".", "--out", "new", *flags])
-    assert message in failure(making.main)
+    assert message in failure(call, making, "--text", ".", "--out", "new", *flags)
     assert not (tmp_path / "new").exists()
 
 

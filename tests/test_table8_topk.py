@@ -5,12 +5,11 @@ pytest tests/test_table8_topk.py
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import need_shared
+from conftest import call, need_shared, printed_by
 
 from data import encode_glue, read_glue
 from eval import classify, load_run
@@ -31,18 +30,13 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(small) -> dict[str, list[str]]:
-    with pytest.MonkeyPatch.context() as patch:
-        return run(patch, small)
+    return run(small)
 
 
-def run(patch: pytest.MonkeyPatch, folder: Path) -> dict[str, list[str]]:
+def run(folder: Path) -> dict[str, list[str]]:
     """Its small form: row -> cells."""
-    lines: list[str] = []
-    flags = ["--data", str(folder / "glue"), "--epochs", "1", "--out", str(folder / "out")]
-    patch.setattr(sys, "argv", ["table8_topk.py", *flags])
-    patch.setattr(table8, "print", lines.append, raising=False)
-    table8.main()
-    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    flags = ["--data", folder / "glue", "--epochs", 1, "--out", folder / "out"]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in printed_by(table8, *flags) if line]
     return {"": cells[0], **{c[0]: c[1:] for c in cells[1:]}}
 
 
@@ -82,9 +76,9 @@ def test_table(small, table):
         assert table[f"paper, top-{k}"] == [table8.PAPER[k]["cola", "matthews"], "-"]
 
 
-def test_what_is_finished_is_kept(small, table, monkeypatch):
+def test_what_is_finished_is_kept(small, table):
     before = [(f / "last.pt").stat().st_mtime_ns for f in runs(small).values()]
-    assert run(monkeypatch, small) == table
+    assert run(small) == table
     assert [(f / "last.pt").stat().st_mtime_ns for f in runs(small).values()] == before
 
 
@@ -114,5 +108,4 @@ def test_paper_numbers():
 )
 def test_bad_input(monkeypatch, failure, tmp_path, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["table8_topk.py", "--out", str(tmp_path), *flags])
-    assert re.fullmatch(f"error: {message}", failure(table8.main))
+    assert re.fullmatch(f"error: {message}", failure(call, table8, "--out", tmp_path, *flags))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call, printed_by
 
 from experiments import theory
 from experiments.theory import DROPPED, STATED, C, T, boundaries, certified, holds, meets, radius
@@ -104,10 +105,8 @@ def test_what_does_not(results):
         assert title <= proved + 1e-12  # f_[0:t] is not the weakest path, or it is
 
 
-def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["theory.py", "--instances", "2", "--seed", "3"])
-    theory.main()
-    lines = capsys.readouterr().out.splitlines()
+def test_table():
+    lines = printed_by(theory, "--instances", 2, "--seed", 3)
     assert len(lines) == 2 + len(STATED) + len(DROPPED)
     row = next(line for line in lines if line.startswith(STATED["cor2"]))
     assert row.removeprefix(STATED["cor2"]).split()[:4] == ["all", "2", "2", "gain"]
@@ -115,10 +114,9 @@ def test_table(monkeypatch, capsys):
     assert row.removeprefix(DROPPED["eq5 bias"]).split()[:4] == ["-", "0", "2", "error"]
 
 
-def test_bad_input(tmp_path, monkeypatch, failure):
-    call = [sys.executable, SCRIPT, "--instances", "0"]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+def test_bad_input(tmp_path, failure):
+    command = [sys.executable, SCRIPT, "--instances", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: argument --instances: 0 is less than 1\n"
-    monkeypatch.setattr(sys, "argv", ["theory.py", "--instances", "many"])
-    assert "invalid integer value: 'many'" in failure(theory.main)
+    assert "invalid integer value: 'many'" in failure(call, theory, "--instances", "many")

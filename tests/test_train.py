@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call, run_main
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from files import InputError
 from lora import trained_tensors
 from model import Layers, Transformer
 from molex import MoLExConfig
-from train import GraphedStep, Settings, main, make_optimizer, parse, prepare, train_step
+from train import GraphedStep, Settings, make_optimizer, parse, prepare, train_step
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,14 @@ def test_methods_and_seeds(gpt2_medium):
     assert {r.task for r in runs} == {"stsb"}
     runs = parse([])[1]
     assert [r.name for r in runs] == ["nano-gpt2-e2e-lora-s0", "nano-gpt2-e2e-molex-s0"]
+
+
+@pytest.mark.parametrize("flag", ["compile", "cuda-graphs", "individual-gates", "learn-alpha"])
+def test_a_switch_can_be_turned_off(flag):
+    off, on = (parse([f"--{word}{flag}"])[1][1] for word in ("no-", ""))
+    name = flag.replace("-", "_")
+    values = [getattr(s if hasattr(s, name) else s.molex, name) for s in (off, on)]
+    assert values == [False, True]
 
 
 def test_every_setting_has_a_flag():
@@ -337,11 +346,6 @@ def test_compiled_layers_learn_the_same(monkeypatch):
 # ------------------------------------------------------------------------------- runs, end to end
 
 
-def run_main(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *" ".join(flags).split()])
-    main()
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """`--compare` as a user runs it: a process of its own, in a folder of its own."""
@@ -396,17 +400,14 @@ def test_the_table_compares_the_two(compared):
     assert float(table["seconds per step"][0]) > 0
 
 
-def test_predictions_score_the_same_from_the_file(compared, monkeypatch, capsys, tmp_path):
+def test_predictions_score_the_same_from_the_file(compared, capsys, tmp_path):
     """eval.py --predictions on what a run wrote gives what the run reported."""
     folder = compared[0] / "runs/nano-gpt2-e2e-molex-s0"
     mrs, _, references = evaluation.read_predictions(folder)
     file = tmp_path / "refs.txt"
     file.write_text("\n\n".join("\n".join(group) for group in references))
     outputs = folder / "predictions.tsv"
-    monkeypatch.setattr(
-        sys, "argv", f"eval.py --predictions {outputs} --references {file} --json".split()
-    )
-    evaluation.main()
+    call(evaluation, "--predictions", outputs, "--references", file, "--json")
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     scores = json.loads((folder / "scores.json").read_text())
     assert again == {n: pytest.approx(scores[n], abs=1e-12) for n in again} and len(again) == 5
@@ -429,19 +430,19 @@ def test_load_model_takes_a_run_or_a_pretrained_model_but_no_unfinished_run(comp
         evaluation.load_model(tmp_path, CPU)
 
 
-def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, monkeypatch, capsys):
+def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, capsys):
     out = compared[0] / "runs"
     scores = out / "nano-gpt2-e2e-lora-s0/scores.json"
     before = scores.stat().st_mtime_ns
     flags = f"--model nano/gpt2 --no-molex --max-steps 8 --test-limit 12 --out {out} --beams"
     lock = out / ".nano-gpt2-e2e-lora-s0.lock"
     lock.touch()  # left by a kill after the last file
-    run_main(monkeypatch, flags, "3")
+    run_main(flags, "3")
     assert not lock.exists()
     assert "finished before, kept" in capsys.readouterr().out
     assert scores.stat().st_mtime_ns == before
     with pytest.raises(InputError, match="another beams"):
-        run_main(monkeypatch, flags, "4")
+        run_main(flags, "4")
     assert scores.stat().st_mtime_ns == before
 
 
@@ -536,8 +537,7 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
         train.PAPER["models"], "gpt2-medium", ["gpt2", 8, 128]
     )  # the paper's numbers beside
     flags = f"--data {tmp_path} --max-steps 3 --batch-size 4 {SHORT} --out {tmp_path / 'runs'}"
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "nano/gpt2", *flags.split()])
-    main()
+    run_main("--model nano/gpt2", flags)
     out = capsys.readouterr().out
     lines = out.partition("Not as in the paper:")[2]
     assert re.search(r"BLEU .* 70\.7 ± \.4", out) and "max steps 3 (paper: none)" in lines
@@ -546,16 +546,13 @@ def test_a_run_on_the_lora_papers_text(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "runs/nano-gpt2-e2e-molex-s0"
     table = (folder / "predictions.tsv").read_text("utf-8").splitlines()
     assert table[1].startswith("name : ") and len(table) == 6
-    argv = (
-        f"eval.py --predictions {folder}/predictions.tsv --references {tmp_path}/refs.csv".split()
-    )
     groups = zip(*group_references(read_e2e(tmp_path, "test")), strict=True)
     with open(tmp_path / "refs.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(
             [("mr", "ref")] + [(mr, ref) for mr, group in [*groups][:5] for ref in group]
         )
-    monkeypatch.setattr(sys, "argv", [*argv, "--json"])
-    evaluation.main()
+    predictions, references = folder / "predictions.tsv", tmp_path / "refs.csv"
+    call(evaluation, "--predictions", predictions, "--references", references, "--json")
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     scores = json.loads((folder / "scores.json").read_text())
     assert {n: scores[n] for n in again} == again
@@ -687,19 +684,18 @@ def killed_run(monkeypatch, out: Path, flags: str = "") -> Path:
     with monkeypatch.context() as m:
         stop_in_step(m, 3, kill)
         with pytest.raises(Killed):
-            run_main(m, command(out, flags))
+            run_main(command(out, flags))
     return out / "nano-gpt2-e2e-lora-s0"
 
 
 def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path, capsys):
     folder = killed_run(monkeypatch, tmp_path)
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
-    evaluation.main()
+    call(evaluation, folder)
     said = capsys.readouterr().out
     assert "unfinished, 2 of 6 steps" in said and "bleu" in said
     assert sorted(folder.iterdir()) == sorted([*before, folder / "unfinished"])
-    run_main(monkeypatch, command(tmp_path))
+    run_main(command(tmp_path))
     assert "resumed" in capsys.readouterr().out
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 6
     assert (folder / "scores.json").exists()
@@ -708,7 +704,7 @@ def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path
 def test_a_loss_that_is_not_finite_names_its_step(short, monkeypatch, failure, tmp_path):
     """Not only where losses are looked at: the third step of an epoch of two."""
     stop_in_step(monkeypatch, 3, lambda *_: torch.tensor(math.nan))
-    error = failure(lambda: run_main(monkeypatch, command(tmp_path)))
+    error = failure(run_main, command(tmp_path))
     assert "step 3 (batch 1 of epoch 2)" in error and "--lr" in error
     folder = tmp_path / "nano-gpt2-e2e-lora-s0"
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
@@ -721,14 +717,14 @@ def test_weights_that_are_not_finite_are_not_saved(short, monkeypatch, failure, 
         return torch.tensor(1.0)
 
     stop_in_step(monkeypatch, 4, spoil)
-    assert "step 4 (batch 2" in failure(lambda: run_main(monkeypatch, command(tmp_path)))
+    assert "step 4 (batch 2" in failure(run_main, command(tmp_path))
     folder = tmp_path / "nano-gpt2-e2e-lora-s0"
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_a_learning_rate_beyond_reason_ends_in_one_line(short, monkeypatch, failure, tmp_path):
+def test_a_learning_rate_beyond_reason_ends_in_one_line(short, failure, tmp_path):
     flags = "--lr 1e6 --warmup 1 --epochs 15"
-    error = failure(lambda: run_main(monkeypatch, command(tmp_path, flags)))
+    error = failure(run_main, command(tmp_path, flags))
     assert "no finite loss or weights" in error
 
 
@@ -757,16 +753,16 @@ def test_other_data_or_another_checkpoint_stop_a_resumption(
     with monkeypatch.context() as m:
         stop_in_step(m, 3, kill)
         with pytest.raises(Killed):
-            run_main(m, flags)
+            run_main(flags)
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text(text.rstrip("\n"))
-    error = failure(lambda: run_main(monkeypatch, flags))
+    error = failure(run_main, flags)
     assert f"another {Path(name).name};" in error and "--fresh" in error
     with monkeypatch.context() as m:
         m.setattr(train, "fit", lambda *_: None)
         m.setattr(train, "evaluate_run", kill)
         with pytest.raises(Killed):  # --fresh starts anew
-            run_main(m, flags, "--fresh")
+            run_main(flags, "--fresh")
     assert not [*(tmp_path / "runs").glob("*/last.pt")]
 
 
@@ -775,7 +771,7 @@ def test_what_was_changed_and_put_back_resumes_and_versions_are_told(
 ):
     killed_run(monkeypatch, tmp_path)
     monkeypatch.setattr(train.platform, "python_version", lambda: "4.0")
-    run_main(monkeypatch, command(tmp_path))
+    run_main(command(tmp_path))
     assert "python was 3." in (said := capsys.readouterr().out) and "is now 4.0" in said
 
 
@@ -788,7 +784,7 @@ def test_a_state_is_never_taken_for_another_runs(short, monkeypatch, failure, tm
         (folder / "config.json").write_text(json.dumps(config))
     flags = command(tmp_path, "" if how == "no config.json" else "--lr 0.5")
     before = (folder / "last.pt").read_bytes()
-    error = failure(lambda: run_main(monkeypatch, flags))
+    error = failure(run_main, flags)
     assert "last.pt is of a run with another" in error and "--fresh" in error
     assert (folder / "last.pt").read_bytes() == before
 
@@ -804,37 +800,36 @@ def test_a_kill_while_an_old_run_is_removed_leaves_none_of_it(short, monkeypatch
     with monkeypatch.context() as m:
         m.setattr(train.shutil, "rmtree", dies)
         with pytest.raises(Killed):
-            run_main(m, command(tmp_path), "--fresh")
+            run_main(command(tmp_path), "--fresh")
     assert not [*folder.iterdir()]
-    run_main(monkeypatch, command(tmp_path, "--fresh --lr 0.5"))
+    run_main(command(tmp_path, "--fresh --lr 0.5"))
     assert json.loads((folder / "scores.json").read_text())["step"] <= 6
     assert [f.name for f in tmp_path.iterdir()] == [folder.name]  # and no rest of the old one
 
 
 def test_bad_input_removes_no_run(short, monkeypatch, failure, tmp_path):
     folder = killed_run(monkeypatch, tmp_path)
-    failure(lambda: run_main(monkeypatch, command(tmp_path), "--fresh --max-length 2"))
+    failure(run_main, command(tmp_path), "--fresh --max-length 2")
     assert (folder / "last.pt").exists()
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_a_second_process_is_told_of_the_first(short, monkeypatch, failure, tmp_path, script):
+def test_a_second_process_is_told_of_the_first(short, failure, tmp_path, script):
     flags = command(tmp_path, "--epochs 1")
     folder = tmp_path / "nano-gpt2-e2e-lora-s0"
-    main_of_script = lambda: run_main(monkeypatch, flags)  # noqa: E731
+    started = (run_main, flags)
     if script == "eval.py":
-        main_of_script()
-        monkeypatch.setattr(sys, "argv", ["eval.py", str(folder)])
-        main_of_script = evaluation.main
+        run_main(flags)
+        started = (call, evaluation, folder)
     holder = multiprocessing.get_context("fork").Process(target=hold, args=(folder,))
     holder.start()
     lock = tmp_path / f".{folder.name}.lock"
     while not (lock.exists() and lock.read_text()):
         time.sleep(0.01)
-    assert f"is in use by process {holder.pid}" in failure(main_of_script)
+    assert f"is in use by process {holder.pid}" in failure(*started)
     holder.kill()  # and the system ends the lock
     holder.join()
-    main_of_script()
+    started[0](*started[1:])
     assert not [*tmp_path.glob(".*")]
 
 
@@ -844,11 +839,11 @@ def hold(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "runs"])
-def test_no_folder_where_a_file_is(short, monkeypatch, failure, tmp_path, out):
+def test_no_folder_where_a_file_is(short, failure, tmp_path, out):
     (tmp_path / "file").write_text("text")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/nano-gpt2-e2e-lora-s0").write_text("text")
-    error = failure(lambda: run_main(monkeypatch, command(tmp_path / out)))
+    error = failure(run_main, command(tmp_path / out))
     assert str(tmp_path / out) in error and "cannot be" in error
     assert (tmp_path / "file").read_text() == "text"
 
@@ -891,10 +886,10 @@ def test_a_disk_that_fills_up_loses_no_state(short, monkeypatch, failure, tmp_pa
     folder = killed_run(monkeypatch, tmp_path / "killed")
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     with room(5000):
-        assert "cannot be" in failure(lambda: run_main(monkeypatch, command(tmp_path / "killed")))
+        assert "cannot be" in failure(run_main, command(tmp_path / "killed"))
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     for out in ("killed", "whole"):
-        run_main(monkeypatch, command(tmp_path / out))
+        run_main(command(tmp_path / out))
     one, two = (
         load_file(f / "adapter.safetensors") for f in (folder, tmp_path / "whole" / folder.name)
     )
@@ -921,7 +916,7 @@ def test_a_signal_in_training_saves_the_state(
     with monkeypatch.context() as m:
         m.setattr(owner, attribute, signalled)
         with pytest.raises(SystemExit) as stopped:
-            evaluation.command_line(lambda: run_main(m, command(out)))
+            evaluation.command_line(lambda: run_main(command(out)))
     assert stopped.value.code == code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "interrupted" in x]
     assert "the same command resumes" in line
@@ -930,7 +925,7 @@ def test_a_signal_in_training_saves_the_state(
     steps = {"train_step": (3, 1), "dev_scores": (4, 1), "torch.save": (4, 2)}[where]
     assert (state["step"], len(state["log"])) == steps
     for o in (out, tmp_path / "whole"):
-        run_main(monkeypatch, command(o))
+        run_main(command(o))
     logs = [
         (o / folder.name / "metrics.jsonl").read_text().splitlines()
         for o in (out, tmp_path / "whole")
@@ -987,21 +982,21 @@ def bad_csv(tmp_path, text):
         ("csv:mr,ref\nname(A),An A.\n", "trainset.csv, line 2: malformed MR"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(monkeypatch, failure, tmp_path, flags, message):
+def test_bad_input_is_one_line_and_exit_2(failure, tmp_path, flags, message):
     if flags.startswith("csv:"):
         flags = bad_csv(tmp_path, flags.removeprefix("csv:"))
     out = tmp_path / "runs"
-    assert message in failure(lambda: run_main(monkeypatch, flags, f"--out {out}"))
+    assert message in failure(run_main, flags, f"--out {out}")
     assert not out.exists()
 
 
-def test_broken_weights_stop_a_run_before_it_starts(monkeypatch, failure, tmp_path):
+def test_broken_weights_stop_a_run_before_it_starts(failure, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     for f in (ROOT / "nano/gpt2").iterdir():
         (model / f.name).write_bytes(f.read_bytes()[: 9999 if "safetensors" in f.name else None])
     flags = f"--model {model} --data nano/e2e --out {tmp_path / 'runs'}"
-    assert "cannot be read" in failure(lambda: run_main(monkeypatch, flags))
+    assert "cannot be read" in failure(run_main, flags)
     assert not (tmp_path / "runs").exists()
 
 
