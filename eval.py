@@ -410,14 +410,11 @@ def glue_scores(
     task: str, predictions: dict[str, list[float]], dev: dict[str, list[Example]]
 ) -> dict[str, float]:
     """The task's metric over all dev splits (Table 1: "overall"), and over each of several."""
-    metric = METRICS[GLUE[task].metric]
+    name, metric = GLUE[task].metric, METRICS[GLUE[task].metric]
     labels = {split: [e.label for e in examples] for split, examples in dev.items()}
-    scores = {metric.__name__: metric(sum(predictions.values(), []), sum(labels.values(), []))}
-    if len(dev) > 1:
-        scores |= {
-            split.replace("dev", metric.__name__): metric(predictions[split], labels[split])
-            for split in dev
-        }
+    scores = {name: metric(sum(predictions.values(), []), sum(labels.values(), []))}
+    for split in dev if len(dev) > 1 else ():
+        scores[split.replace("dev", name)] = metric(predictions[split], labels[split])
     return scores
 
 
