@@ -133,7 +133,7 @@ class Settings:
     length_penalty: float = setting(0.9, "an answer's log-probability is over length ** this")
     no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
     max_new_tokens: int = setting(64, "longest answer")
-    beam_rule: str = setting("transformers", "whose search (eval.py)", "transformers", "lora")
+    beam_rule: str = setting("transformers", "whose beam search", "transformers", "lora")
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
     compile: bool = setting(False, "torch.compile of each layer; no gain on a CPU")
     cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
@@ -567,13 +567,13 @@ OWN = [name for name in FLAGS if name not in GATE]
 def make_parser() -> Parser:
     """A flag for every `setting` of the two dataclasses; the result has only what is given."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="hub name or folder (one of nano/, --compare)")
+    parser.add_argument("--model", help="hub name or folder (nano/'s, with --compare)")
     task = dict(choices=["e2e", "alpaca", *GLUE, "glue"], default="e2e")
     task["type"] = lambda name: name.lower().replace("-", "")  # also SST-2
     parser.add_argument("--task", help="glue: all eight tasks in turn (e2e)", **task)
     parser.add_argument("--data", help="folder of the official files; Alpaca: JSON file (hub)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="one run each")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="a run each (0)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     how.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
