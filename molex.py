@@ -40,9 +40,11 @@ from files import InputError
 from model import Context, Transformer
 
 
-def setting(default: object, help: str, *choices: str) -> object:
-    """A field with its help and what it can be: train.py makes a flag of each."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
+def setting(default: object, help: str, *choices: str, **limits: float) -> object:
+    """A field with its help and what it can be; a number: from `least`, less than `below`. train.py
+    makes a flag of each."""
+    limits = dict(least=0 if isinstance(default, float) else 1, below=1e30) | limits
+    return field(default=default, metadata=dict(help=help, choices=choices) | limits)
 
 
 @dataclass(frozen=True)

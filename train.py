@@ -120,18 +120,18 @@ class Settings:
     warmup: float = setting(500.0, "steps until the full rate; below 1: share of all steps")
     clip: float = setting(0.0, "longest gradient, as a norm; 0: off")
     adam_eps: float = setting(1e-6, "AdamW's epsilon")
-    label_smoothing: float = setting(0.1, "on the answer's tokens")
-    dropout: float = setting(0.0, "inside the pretrained model; GLUE: the checkpoint's own")
+    label_smoothing: float = setting(0.1, "on the answer's tokens", below=1)
+    dropout: float = setting(0.0, "of the pretrained model; GLUE: the checkpoint's own", below=1)
     max_length: int = setting(512, "tokens, prompt and answer; longer answers are cut")
     lora_r: int = setting(4, "rank of the LoRA on q and v")
     lora_alpha: float = setting(32.0, "the LoRA's update is scaled by alpha / r")
-    lora_dropout: float = setting(0.1, "on the LoRA's input")
+    lora_dropout: float = setting(0.1, "on the LoRA's input", below=1)
     gate_lr: float = setting(0.1, "learning rate of the gate and a learned alpha")
     gate_weight_decay: float = setting(0.01, "of the gate")
     load_balance: float = setting(0.01, "coefficient of the load-balance loss")
     beams: int = setting(10, "beam size")
     length_penalty: float = setting(0.9, "an answer's log-probability is over length ** this")
-    no_repeat_ngram: int = setting(4, "no n-gram of this size twice in an answer; 0: off")
+    no_repeat_ngram: int = setting(4, "no n-gram of so many tokens twice; 0: off", least=0)
     max_new_tokens: int = setting(64, "longest answer")
     beam_rule: str = setting("transformers", "whose beam search", "transformers", "lora")
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
@@ -637,11 +637,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
             pair.append(Settings(model=model, task=task, data=data, seed=0, shape=shape, **own))
         runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
     for name, value in given.items():
-        if name in OWN and type(value) in (int, float):
-            least = 0 if isinstance(value, float) or name == "no_repeat_ngram" else 1
-            most = 1 if "dropout" in name or "smooth" in name else 1e30
-            if not least <= value < most:  # nor not-a-number
-                raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+        limits = FLAGS[name].metadata
+        number = name in OWN and type(value) in (int, float)
+        if number and not limits["least"] <= value < limits["below"]:  # nor not-a-number
+            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     for s in runs:
         check_settings(s.as_json(), "command line")  # now, not when all is trained
     return args, runs
