@@ -603,7 +603,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
     """The command line, and the settings of every run it asks for, in order."""
     args = make_parser().parse_args(argv)
     decode = args.task in ("e2e", "alpaca")
-    model = args.model or ("nano/gpt2" if decode else "nano/roberta")
+    model = str(Path(args.model or ("nano/gpt2" if decode else "nano/roberta")))  # "a/" is "a"
     config = read_config(checkpoint_folder(model))
     if decode and config.family == "roberta":
         raise InputError(f"{model} is an encoder, which cannot write text; try --model gpt2-medium")

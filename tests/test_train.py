@@ -132,6 +132,11 @@ def test_methods_and_seeds(gpt2_medium):
     assert [r.name for r in runs] == ["nano-gpt2-e2e-lora-s0", "nano-gpt2-e2e-molex-s0"]
 
 
+def test_a_folder_is_the_same_model_however_the_shell_completes_it():
+    models = [parse(["--model", name])[1][0].model for name in ("nano/gpt2/", "./nano/gpt2")]
+    assert models == ["nano/gpt2"] * 2
+
+
 @pytest.mark.parametrize("flag", ["compile", "cuda-graphs", "individual-gates", "learn-alpha"])
 def test_a_switch_can_be_turned_off(flag):
     off, on = (parse([f"--{word}{flag}"])[1][1] for word in ("no-", ""))
