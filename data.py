@@ -17,8 +17,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from files import InputError, locate, parse_json, read_json, read_text, reason
 from model import Batch, Config
+from support.files import InputError, locate, parse_json, read_json, read_text, reason
 
 # ---------------------------------------------------------------------------------------- tokenizer
 

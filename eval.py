@@ -51,29 +51,27 @@ from data import (
     read_glue,
     read_lines,
 )
-from files import (
+from lora import adapt, merge, task_head, trained_tensors
+from model import Cache, Transformer, checkpoint_folder, load
+from molex import MoLEx, MoLExConfig, upcycle
+from support.cli import Parser, command_line, pick_device
+from support.files import (
     COUNT,
     FEW,
     NUMBER,
     SHARE,
     InputError,
-    Parser,
     check,
-    command_line,
     fill,
     locate,
     locked,
     parse_json,
-    pick_device,
     read_json,
     read_tensors,
     read_text,
     write_atomic,
     write_text,
 )
-from lora import adapt, merge, task_head, trained_tensors
-from model import Cache, Transformer, checkpoint_folder, load
-from molex import MoLEx, MoLExConfig, upcycle
 
 # ------------------------------------------------------------------------------------------- tokens
 

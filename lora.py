@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import InputError, check, fill, read_json, read_tensors
 from model import ClassificationHead, Transformer
+from support.files import InputError, check, fill, read_json, read_tensors
 
 
 class LoRA(nn.Module):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import (
+from support.files import (
     COUNT,
     FEW,
     SHARE,
@@ -41,7 +41,7 @@ from files import (
 
 # ------------------------------------------------------------------------------------ configuration
 
-FAMILIES = tomllib.loads((Path(__file__).parent / "families.toml").read_text("utf-8"))
+FAMILIES = tomllib.loads((Path(__file__).parent / "support/families.toml").read_text("utf-8"))
 NAMES = FAMILIES.pop("names")  # ours -> config.json's, in every family
 FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)  # see `check`
 FORMS |= dict.fromkeys("n_layer n_head n_kv_head".split(), FEW)

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from files import InputError
 from model import Context, Transformer
+from support.files import InputError
 
 
 def setting(default: object, help: str, *choices: str, **limits: float) -> object:
@@ -339,9 +339,9 @@ def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transforme
 
 if __name__ == "__main__":
     from data import Tokenizer
-    from files import locate
     from lora import add_lora
     from model import load
+    from support.files import locate
 
     torch.manual_seed(0)  # a gate that has learned nothing yet
     model = add_lora(load("nano/gpt2"), r=4, alpha=32).eval()

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -73,24 +72,21 @@ from eval import (
     read_run,
     read_scores,
 )
-from files import (
+from lora import load_loralib, task_head, trained_tensors
+from model import Batch, Transformer, checkpoint_folder, read_config
+from molex import MoLExConfig, setting
+from support.cli import Parser, at_least, command_line, layer_range, pick_device
+from support.files import (
     InputError,
-    Parser,
-    at_least,
     check,
-    command_line,
     fill,
     locked,
-    pick_device,
     read_json,
     read_tensors,
     uninterrupted,
     write_atomic,
     write_text,
 )
-from lora import load_loralib, task_head, trained_tensors
-from model import Batch, Transformer, checkpoint_folder, read_config
-from molex import MoLExConfig, setting
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -530,7 +526,7 @@ class GraphedStep:
 
 # ------------------------------------------------------------------ the paper's settings, and flags
 
-PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text("utf-8"))
+PAPER = tomllib.loads((Path(__file__).parent / "support/paper.toml").read_text("utf-8"))
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
 HOW = ("on_device", "compile", "cuda_graphs")  # a step runs, not what it computes
 
@@ -548,15 +544,6 @@ def preset(shape: str, task: str) -> tuple[dict, str]:
         return table | known["glue"] | nano, other
     own = nano or shape == "gpt2-medium" or task == "alpaca"  # Alpaca's are not from the paper
     return known.get(task, {}) | nano, "" if own else "Table 6, for GPT-2 medium"
-
-
-def layer_range(text: str) -> tuple[int, ...]:
-    """ "0-11" -> (0, 1, ..., 11)."""
-    first, _, last = text.partition("-")
-    slots = range(int(first), int(last or first) + 1) if re.fullmatch(r"\d+(-\d+)?", text) else ()
-    if not slots:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; write it as 0-11")
-    return tuple(slots)
 
 
 FLAGS = {f.name: f for cls in (Settings, MoLExConfig) for f in fields(cls) if f.metadata}

@@ -35,8 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import decode_test, e2e_scores, load_run
 from experiments.small import finished_runs, runs_parser
-from files import InputError, at_least, command_line, pick_device
 from lora import merge
+from support.cli import at_least, command_line, pick_device
+from support.files import InputError
 
 SMALL = "--no-molex --epochs 1"
 

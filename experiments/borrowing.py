@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import GLUE, Example, collate, read_e2e, read_glue
 from eval import by_length, load_model, read_run
 from experiments.controls import Arm, give, neighbour
-from files import InputError, Parser, at_least, command_line, fill, pick_device, write_atomic
 from model import Transformer
 from molex import MoLExConfig, upcycle
+from support.cli import Parser, at_least, command_line, pick_device
+from support.files import InputError, fill, write_atomic
 
 GATE = ("layers.gates", "layers.alpha")  # how its tensors' names begin
 

@@ -80,21 +80,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, Example, Tokenizer
 from eval import bleu, decode_test, dev_scores, load_run, read_log, read_run
-from files import (
-    NUMBER,
-    InputError,
-    Parser,
-    command_line,
-    fill,
-    locked,
-    pick_device,
-    read_json,
-    write_atomic,
-    write_text,
-)
 from lora import merge, trained_tensors
 from model import Transformer
 from molex import MoLEx
+from support.cli import Parser, command_line, pick_device
+from support.files import NUMBER, InputError, fill, locked, read_json, write_atomic, write_text
 
 Pick = Callable[[int], int]  # slot -> the layer that joins it
 

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from eval import plot_routes, read_settings
 from experiments.small import finished_runs, runs_parser
-from files import InputError, check, command_line, parse_json, read_text
+from support.cli import command_line
+from support.files import InputError, check, parse_json, read_text
 
 PAPER = train.PAPER["figure2"]
 SMALL = [f"--model nano/roberta --epochs 1 --task {task}" for task in ("cola", "mrpc")]

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import train
-from files import Parser, pick_device
+from support.cli import Parser, pick_device
 
 
 def runs_parser(about: str, runs: str, out: str) -> Parser:

@@ -93,10 +93,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
 from eval import beam_search
-from files import InputError, Parser, at_least, command_line, pick_device, write_text
 from lora import add_lora, load_lora, loras, merge, save_lora
 from model import Config, Transformer, checkpoint_folder, load, read_config
 from molex import MoLExConfig, upcycle
+from support.cli import Parser, at_least, command_line, pick_device
+from support.files import InputError, write_text
 from train import GraphedStep, Settings, make_optimizer, train_step
 
 SHAPES = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))  # random weights

@@ -43,10 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import Example, collate, group_references, read_e2e
 from eval import beam_search, load_model
-from files import InputError, Parser, at_least, command_line, pick_device, reason
 from lora import merge
 from model import ClassificationHead
 from molex import MoLEx
+from support.cli import Parser, at_least, command_line, pick_device
+from support.files import InputError, reason
 
 try:
     from lm_eval import simple_evaluate

@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from files import Parser, at_least, command_line, pick_device
 from lora import add_lora
 from model import Config, Context, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
+from support.cli import Parser, at_least, command_line, pick_device
 
 LLAMA = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))["Llama-3.2-1B"]
 LORA = dict(r=8, alpha=32)

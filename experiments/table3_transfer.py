@@ -46,7 +46,8 @@ import train
 from data import GLUE, encode_glue, read_glue
 from eval import classify, load_run
 from experiments.small import finished_runs, runs_parser
-from files import InputError, command_line, pick_device
+from support.cli import command_line, pick_device
+from support.files import InputError
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
 PAPER = {  # trained on, evaluated on: LoRA, MoLEx

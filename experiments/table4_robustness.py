@@ -41,8 +41,9 @@ import train
 from data import GLUE, Example, encode_glue, read_glue
 from eval import accuracy, classify, load_run, read_run
 from experiments.small import finished_runs, runs_parser
-from files import InputError, at_least, command_line, pick_device, write_atomic
 from model import Transformer
+from support.cli import at_least, command_line, pick_device
+from support.files import InputError, write_atomic
 
 PAPER = train.PAPER["table4"]
 SMALL = "--model nano/roberta --task cola --compare --epochs 2"

@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, encode_texts, read_e2e
 from eval import load_model
 from experiments.table7_tasks import FILES, read_senteval, write_tasks
-from files import InputError, Parser, at_least, command_line, pick_device
 from model import Transformer
+from support.cli import Parser, at_least, command_line, pick_device
+from support.files import InputError
 from train import PAPER
 
 GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1, 0.2)]  # app. C.2

@@ -28,7 +28,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import InputError, Parser, at_least, command_line, write_text
+from support.cli import Parser, at_least, command_line
+from support.files import InputError, write_text
 
 FILES = {  # SentEval's, in the order of Table 7
     "SentLen": "sentence_length",

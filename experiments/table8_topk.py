@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE
 from eval import accuracy, read_scores
-from files import Parser, command_line, pick_device
+from support.cli import Parser, command_line, pick_device
 
 PAPER = {  # K -> (task, metric) -> what the paper has
     int(k): {(task, GLUE[task].metric): cell for task, cell in row.items()}

@@ -52,9 +52,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from files import Parser, at_least, command_line
 from model import Context
 from molex import MoLEx, MoLExConfig
+from support.cli import Parser, at_least, command_line
 
 T, C, D, M = 3, 4, 8, 5  # slots; classes, which is MoLEx's width; Theorem 1's width and members
 TOL = 1e-9  # in float64 a gain below it is none, and an error above it is one

@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer
-from files import InputError, command_line
 from model import Config, Transformer, convert, read_config, read_weights
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise
+from support.cli import command_line
+from support.files import InputError
 
 # Ids 0, 1, ...; text never encodes to them. GPT-2's one stands between documents.
 SPECIAL = {"gpt2": ["<|endoftext|>"], "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}

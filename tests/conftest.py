@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import train
-from files import command_line
+from support.cli import command_line
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 97

@@ -30,10 +30,10 @@ import eval as evaluation
 import train
 from data import Example, Tokenizer, alpaca_prompt, collate, encode_pairs, read_alpaca
 from eval import load_run
-from files import InputError
 from lora import add_lora, trained_tensors
 from model import Config, Transformer, load, read_config
 from molex import MoLExConfig, upcycle
+from support.files import InputError
 from train import Settings, parse, prepare, report
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from test_molex import lora_model, molex_model
 import eval as evaluation
 from eval import beam_search
 from experiments import beam_search as script
-from files import locate
 from model import Config, Transformer
+from support.files import locate
 
 # ------------------------------------------------------------ against a search in plain Python
 

@@ -16,9 +16,9 @@ import train
 from data import Tokenizer, read_e2e
 from eval import load_run
 from experiments import borrowing
-from files import locate
 from lora import remove
 from model import Context, load, read_config
+from support.files import locate
 
 TEXTS = [[5, 9, 2, 40, 7], [3, 3], [8, 1, 60, 33, 12, 90, 4, 4]]
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 import train
 from eval import dev_loss, load_run
 from experiments import controls
-from files import locate
 from lora import add_lora
 from model import load
 from molex import MoLExConfig, upcycle
+from support.files import locate
 
 CPU = torch.device("cpu")
 TRAINED = ["lora", "molex", "frozen", "neighbour", "lora-long"]

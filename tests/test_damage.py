@@ -42,10 +42,10 @@ from data import (
     read_e2e,
     read_glue,
 )
-from files import InputError
 from lora import add_lora, load_lora, load_loralib, save_lora
 from model import load, read_config
 from molex import MoLExConfig
+from support.files import InputError
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 from figure2_routes import read_routes

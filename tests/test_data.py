@@ -43,8 +43,8 @@ from data import (
     read_e2e,
     shuffled_batches,
 )
-from files import InputError
 from model import Config, read_config
+from support.files import InputError
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "e2e"
 CONFIG = Config.from_hf(

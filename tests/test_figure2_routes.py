@@ -19,9 +19,9 @@ import train
 from data import GLUE
 from eval import build, evaluate_run, plot_routes
 from experiments import figure2_routes as figure2
-from files import locate
 from lora import trained_tensors
 from molex import MoLEx
+from support.files import locate
 
 CPU = torch.device("cpu")
 RUNS = {

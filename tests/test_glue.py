@@ -40,9 +40,9 @@ from data import (
     encode_texts,
     read_glue,
 )
-from files import InputError
 from lora import loras, trained_tensors
 from model import load, read_config
+from support.files import InputError
 from train import Settings, parse, prepare
 
 ROOT = Path(__file__).parents[1]

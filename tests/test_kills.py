@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import train
-from files import command_line
+from support.cli import command_line
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {  # 5 steps in two epochs; 6 steps in three

@@ -11,9 +11,9 @@ import torch
 from conftest import VOCAB, tiny
 from torch import Tensor, nn
 
-from files import InputError
 from lora import LoRA, add_lora, load_lora, loras, merge, remove, save_lora, unmerge
 from model import Transformer, load
+from support.files import InputError
 
 R, ALPHA = 4, 24.0
 FAMILIES = ["gpt2", "roberta", "llama"]

@@ -36,7 +36,7 @@ from eval import (
     read_files,
     rouge_l,
 )
-from files import InputError
+from support.files import InputError
 
 # Made to be awkward: currency, brackets, quotation marks, contractions, hyphens, numbers, newlines,
 # the separator of METEOR's protocol, entities, an empty prediction and very short ones.

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from data import Tokenizer
-from files import InputError
 from lora import add_lora
 from model import Cache, Config, Transformer, load, read_config
+from support.files import InputError
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "gpt2"
 DECODERS = [name for name in TINY if "roberta" not in name]

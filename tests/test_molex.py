@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train
 from data import Example
-from files import InputError
 from lora import add_lora, loras
 from model import Cache, Config, Context, Transformer, rope_angles
 from molex import CosineGate, LinearGate, MoLExConfig, upcycle
+from support.files import InputError
 
 FAMILIES = ("gpt2", "llama", "roberta")
 ROUTES = ("batch", "on device", "sequence")

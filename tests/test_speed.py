@@ -15,7 +15,7 @@ from conftest import call
 
 from experiments import speed
 from experiments.speed import ALONE, GOALS, LORA, MOLEX, THEIRS
-from files import InputError
+from support.files import InputError
 
 CPU = torch.device("cpu")
 SMALL = {  # SHAPES, smaller

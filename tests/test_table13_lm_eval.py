@@ -24,7 +24,7 @@ import train
 from data import group_references, read_e2e
 from eval import build, load_run
 from experiments import table13_lm_eval as table13
-from files import InputError
+from support.files import InputError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import table14_efficiency as table14
 from experiments.table14_efficiency import ALPACA, LLAMA, LORA, count, measure, row
-from files import InputError
 from lora import add_lora
 from model import Config, load
 from molex import upcycle
+from support.files import InputError
 
 # As in Table 14: total, trainable and their share, FLOP of a sample.
 PAPER_LORA = ["1,236,666,368", "851,968", "0.0689", "12.329 T"]

@@ -18,7 +18,7 @@ from test_nano_e2e import read
 from data import GLUE, encode_glue
 from eval import classify, load_run
 from experiments import table3_transfer as table3
-from files import locate
+from support.files import locate
 
 Table = dict[tuple[str, str], list[str]]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from data import Example
 from eval import accuracy, load_run
 from experiments import table4_robustness as table4
-from files import locate
+from support.files import locate
 
 CPU = torch.device("cpu")
 

@@ -26,10 +26,10 @@ from experiments import table7_probing as probing
 from experiments import table7_tasks as making
 from experiments.table7_probing import GRID, Probes, features, probe
 from experiments.table7_tasks import FILES, make_tasks, read_senteval, sentences, swaps
-from files import write_text
 from lora import trained_tensors
 from model import checkpoint_folder, load
 from molex import MoLExConfig, upcycle
+from support.files import write_text
 from train import PAPER, Settings
 
 TEXTS = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]

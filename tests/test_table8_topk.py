@@ -14,7 +14,7 @@ from conftest import call, need_shared, printed_by
 from data import encode_glue, read_glue
 from eval import classify, load_run
 from experiments import table8_topk as table8
-from files import locate
+from support.files import locate
 
 
 @pytest.fixture(scope="module")

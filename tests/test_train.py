@@ -41,10 +41,10 @@ from data import (
     group_references,
     read_e2e,
 )
-from files import InputError
 from lora import trained_tensors
 from model import Layers, Transformer
 from molex import MoLExConfig
+from support.files import InputError
 from train import GraphedStep, Settings, make_optimizer, parse, prepare, train_step
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,18 +1,16 @@
-"""A user's files, and errors in one line. Nothing of the method is here: not to be read first.
+"""A user's files, and errors in one line.
 
-What is read is checked where it is read, against what is expected; what is written replaces the old
-file whole or not at all; a folder in use is locked. Whatever a user can put right is an InputError,
-which `command_line` prints in one line, with exit code 2. All other files import from this one.
+What is read is checked where it is read, against what is expected. What is written replaces the old
+file whole or not at all. A folder in use is locked. Whatever a user can put right is an InputError,
+which `cli.command_line` prints in one line, with exit code 2.
 """
 
-import argparse
 import json
 import os
 import pickle
 import re
 import reprlib
 import signal
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -135,8 +133,8 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: object) -> N
 
 
 def locate(path: str | Path) -> Path:
-    """The path as given or, if nothing is there, beside these scripts ("nano/gpt2")."""
-    beside = Path(__file__).parent / path
+    """The path as given or, if nothing is there, beside the six scripts ("nano/gpt2")."""
+    beside = Path(__file__).parents[1] / path
     try:
         return beside if beside.exists() and not Path(path).exists() else Path(path)
     except OSError as error:
@@ -192,55 +190,3 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
-    used here."""
-    try:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
-
-
-def command_line(main: Callable[[], None]) -> None:
-    """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
-    Ctrl-C, in order; the exit code is then 143, or 130."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
-        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong like every other input error, in one line."""
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `low` to 2^31 - 1; torch overflows at
-    some larger ones."""
-
-    def integer(text: str) -> int:
-        number, high = int(text), 2**31 - 1
-        if not low <= number <= high:
-            beyond = f"less than {low}" if number < low else f"more than {high}"
-            raise argparse.ArgumentTypeError(f"{text} is {beyond}")
-        return number
-
-    return integer

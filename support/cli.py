@@ -1,0 +1,71 @@
+"""The command line: its parser, the device, and how a command ends."""
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+
+from support.files import InputError, reason
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
+    used here."""
+    try:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
+    Ctrl-C, in order; the exit code is then 143, or 130."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong like every other input error, in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to 2^31 - 1; torch overflows at
+    some larger ones."""
+
+    def integer(text: str) -> int:
+        number, high = int(text), 2**31 - 1
+        if not low <= number <= high:
+            beyond = f"less than {low}" if number < low else f"more than {high}"
+            raise argparse.ArgumentTypeError(f"{text} is {beyond}")
+        return number
+
+    return integer
+
+
+def layer_range(text: str) -> tuple[int, ...]:
+    """The type of an argument such as "0-11" -> (0, 1, ..., 11)."""
+    slots = ()
+    if re.fullmatch(r"\d+(-\d+)?", text):
+        first, _, last = text.partition("-")
+        slots = tuple(range(int(first), int(last or first) + 1))
+    if not slots:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; write it as 0-11")
+    return slots
