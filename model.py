@@ -1,24 +1,21 @@
 """The transformer, written by hand: GPT-2, RoBERTa and Llama in one small set of modules.
 
 This is the backbone of section 2.1 of the MoLEx paper: T layers that each add an update to the
-hidden state, z_{t+1} = z_t + u_t(z_t) (Eq. 3). Every layer, residual included, is one `Block`;
-`Layers` runs them in order, and molex.py replaces `Layers` by its own version of that loop.
+hidden state, z_{t+1} = z_t + u_t(z_t) (Eq. 3). A layer, residual included, is a `Block`; `Layers`
+runs T of them in order. molex.py replaces `Layers`, and nothing else, by its own loop.
 
-    gpt2      pre-norm, learned positions, GELU            (Radford et al., 2019)
-    roberta   post-norm, learned positions, bidirectional  (Liu et al., 2019)
+    gpt2      pre-norm, learned positions, GELU             (Radford et al., 2019)
+    roberta   post-norm, learned positions, bidirectional   (Liu et al., 2019)
     llama     pre-norm RMSNorm, rotary positions, SwiGLU,
-              grouped-query attention                      (Dubey et al., 2024)
-
-`load("gpt2-medium")` or `load("a/folder")` reads a checkpoint in the Hugging Face layout. Loading
-is strict: every parameter is filled and every tensor used or known to be redundant, or it stops.
+              grouped-query attention                       (Dubey et al., 2024)
 
     python model.py                     what each layer of nano/gpt2 adds to a sequence (Eq. 3)
+
+Shapes in comments: B sequences, N tokens, D channels, d channels of a head, S tokens with those
+already in the cache.
 """
 
 import math
-import re
-import reprlib
-import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,31 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.files import (
-    COUNT,
-    FEW,
-    SHARE,
-    InputError,
-    check,
-    check_tensors,
-    locate,
-    read_json,
-    read_tensors,
-    reason,
-)
+from support.checkpoints import checkpoint_folder, read_checkpoint, read_config
+from support.files import InputError, check_tensors
 
 # ------------------------------------------------------------------------------------ configuration
-
-FAMILIES = tomllib.loads((Path(__file__).parent / "support/families.toml").read_text("utf-8"))
-NAMES = FAMILIES.pop("names")  # ours -> config.json's, in every family
-FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)  # see `check`
-FORMS |= dict.fromkeys("n_layer n_head n_kv_head".split(), FEW)
-FORMS |= dict(activation=(str,), norm_eps=SHARE, dropout=SHARE, tied=(bool,), bias=(bool,))
 
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says, in one vocabulary for the three families."""
+    """What a checkpoint's config.json says, in one vocabulary for the three families
+    (support/checkpoints.py translates it)."""
 
     family: str  # "gpt2", "roberta" or "llama"
     vocab_size: int
@@ -59,165 +41,136 @@ class Config:
     n_kv_head: int  # fewer than n_head: grouped-query attention
     d_model: int  # D in the paper
     d_head: int
-    d_ff: int
+    d_ff: int  # width of the MLP
     max_positions: int  # longest sequence, in tokens
     norm_eps: float
     activation: str
-    tied: bool  # the LM head shares the token embedding
+    tied: bool  # the language-model head is the token embedding
     bias: bool = True  # biases in the projections
     dropout: float = 0.0
-    bos: int | None = None
+    bos: int | None = None  # ids of the special tokens, None if there is none
     eos: int | None = None
     pad: int | None = None
+    # What tells the families apart; support/families.toml has a row of these for each.
+    causal: bool = True  # a token sees only earlier ones; False: an encoder
+    post_norm: bool = False  # a layer's norms come after its updates, not before
+    rms_norm: bool = False  # RMSNorm, not LayerNorm
+    gated_mlp: bool = False  # SwiGLU: three projections, without biases
+    rotary: bool = False  # positions as angles of q and k, not as embeddings
+    segments: bool = False  # an embedding of the text's segment, always the first
+    first_position: int = 0  # RoBERTa's: the id of padding, plus 1
     rope: dict = field(default_factory=dict)  # rotary theta and, for Llama 3, its scaling
 
-    @property
-    def hub(self) -> dict:
-        """What the hub, transformers and peft call things in this family."""
-        return FAMILIES[self.family]
-
     @classmethod
-    def from_hf(cls, c: dict, where: object = "config.json") -> "Config":
-        """Read the dictionary in a Hugging Face config.json, which messages call `where`. Raises
-        InputError if it is unsupported or unsound."""
-        family = c.get("model_type")
-        if str(family) not in FAMILIES:
-            raise InputError(f"model_type {family!r} is not supported; use {', '.join(FAMILIES)}")
-        usual = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
-        usual |= dict(scale_attn_weights=True, is_decoder=False, quantization_config=None)
-        usual |= dict(tie_word_embeddings=True) if family == "roberta" else {}
-        for name, value in usual.items():
-            if c.get(name, value) != value:
-                raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
-
-        if isinstance(c.get("eos_token_id"), list):  # some models end in several ways
-            c = c | {"eos_token_id": [*c["eos_token_id"], None][0]}
-        token = (int, 0, check(c, {"vocab_size": COUNT}, where)["vocab_size"] - 1)
-        pad = token if family == "roberta" else (int, -1, 2**24)
-        names, config = NAMES | FAMILIES[family]["names"], dict(family=family)
-        missing = dict(bos=None, eos=None, pad=None) | FAMILIES[family]["missing"]
-        for name, form in (FORMS | dict(bos=token, eos=token, pad=pad)).items():
-            theirs = names.get(name, name)
-            absent = name in missing and c.get(theirs) is None
-            config[name] = missing[name] if absent else check(c, {theirs: form}, where)[theirs]
-        n_head, d_model = config["n_head"], config["d_model"]
-        config["n_kv_head"] = config["n_kv_head"] or n_head
-        config["d_head"] = config["d_head"] or d_model // n_head
-        config["d_ff"] = config["d_ff"] or 4 * d_model
-        if family == "roberta":  # it numbers its positions from pad + 1
-            config["max_positions"] -= config["pad"] + 1
-        rope = {"rope_theta": c.get("rope_theta", 10000.0)}
-        for name in ("rope_scaling", "rope_parameters"):  # an older name and a newer one
-            rope |= check(c, {name: (dict,)}, where)[name] if c.get(name) is not None else {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
-        numbers = ["rope_theta", *(ROPE_LLAMA3 if kind == "llama3" else ())]
-        config["rope"] = check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where)
-        config["rope"]["rope_type"] = kind
-        odd = family == "llama" and config["d_head"] % 2  # rotary positions come in pairs
-        if n_head % config["n_kv_head"] or odd:
-            raise InputError(f"{where}: the numbers of heads and channels do not fit")
-        return cls(**check(config, dict(d_head=COUNT, max_positions=COUNT), where))
+    def load(cls, name: str | Path) -> "Config":
+        """Of a checkpoint folder or hub name. Raises InputError if it is not supported."""
+        return cls(**read_config(checkpoint_folder(name)))
 
 
 # ------------------------------------------------------------- what the layers of one pass share
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, one pair per (slot t, layer that runs there).
+    """The keys and values of the tokens seen so far, for generation.
 
-    In a plain transformer layer t runs in slot t; in MoLEx other layers run there as well. `route`
-    is where molex.py keeps the layers it chose for each slot, a row for the batch or one for each
-    sequence. `real` marks the tokens (B, S) that are not padding.
+    One pair of tensors for each (slot t, layer that runs there): in a plain transformer only layer
+    t runs in slot t, in MoLEx others do as well. `route` is where molex.py keeps its choices.
     """
 
     def __init__(self) -> None:
         self.kv: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.route: dict[int, Tensor] = {}
-        self.real: Tensor | None = None
-        self.length = 0  # of the longest sequence, in tokens; beams side by side count as one
+        self.real: Tensor | None = None  # (B, S) bool, False for padding
+        self.length = 0  # tokens of the longest text; beams side by side count once
 
     def append(self, key: tuple, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, heads, N, d) to what is stored under `key` and return all of it."""
-        S = self.real.shape[1]
-        kept = self.kv.get(key, (k[:, :, :0], v[:, :, :0]))
-        if kept[0].shape[2] < S:  # with room for the next tokens
-            kept = tuple(F.pad(x, (0, 0, 0, S + 64 - x.shape[2])) for x in kept)
-        for x, new in zip(kept, (k, v), strict=True):
-            x[:, :, S - new.shape[2] : S] = new
-        self.kv[key] = kept
-        return kept[0][:, :, :S], kept[1][:, :, :S]
+        """Add keys and values (B, heads, N, d) to those under `key`; returns all of them."""
+        N, S = k.shape[2], self.real.shape[1]
+        if key not in self.kv:
+            self.kv[key] = (k[:, :, :0], v[:, :, :0])
+        old_k, old_v = self.kv[key]
+        if old_k.shape[2] < S:  # grow by 64 tokens more than needed, so that this is rare
+            missing = S + 64 - old_k.shape[2]
+            old_k = F.pad(old_k, (0, 0, 0, missing))
+            old_v = F.pad(old_v, (0, 0, 0, missing))
+            self.kv[key] = (old_k, old_v)
+        old_k[:, :, S - N : S] = k
+        old_v[:, :, S - N : S] = v
+        return old_k[:, :, :S], old_v[:, :, :S]
 
-    def select(self, index: Tensor) -> None:
-        """Make row i of the batch what row index[i] was: repeats, reorders or drops sequences."""
-        self.real = self.real[index]
-        for t, picks in self.route.items():
-            if len(picks) > 1:
-                self.route[t] = picks[index]
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.real = self.real[rows]
         for key, (k, v) in self.kv.items():
-            self.kv[key] = k[index], v[index]
+            self.kv[key] = (k[rows], v[rows])
+        for t, picks in self.route.items():
+            if len(picks) > 1:  # a choice for each sequence, not one for the batch
+                self.route[t] = picks[rows]
 
 
 @dataclass
 class Context:
-    """What every layer of one forward pass shares: B sequences of N tokens, S with those before."""
+    """What every layer of one forward pass is given beside the hidden state."""
 
     real: Tensor  # (B, N) bool, False for padding
-    prompt: Tensor  # (B, N) bool, the real tokens that are given rather than generated
-    mask: Tensor | None  # (B, 1, N, S) bool, who may look at whom; None: no padding
-    causal: bool  # True: with mask None, tokens look only at earlier ones
-    rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d_head)
+    prompt: Tensor  # (B, N) bool, real tokens that are given rather than generated
+    mask: Tensor | None  # (B, 1, N, S) bool, which token sees which; None: no padding
+    causal: bool  # with mask None: tokens see only earlier ones
+    rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d)
     cache: Cache | None = None
 
-
-@dataclass
-class Batch:
-    """B sequences padded on the right to N tokens, with M targets; data.py's `collate` makes it."""
-
-    ids: Tensor  # (B, N)
-    mask: Tensor  # (B, N) bool, real tokens
-    prompt: Tensor  # (B, N) bool
-    where: Tensor  # (M,) places in the flattened (B * N) from which a token is predicted, or the
-    # sequences (of B) that have a label
-    target: Tensor  # (M,) that token, or that label; a float for a score
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(**{n: x.to(device, non_blocking=True) for n, x in vars(self).items()})
+    def tensors(self) -> list[Tensor]:
+        every = (self.real, self.prompt, self.mask, *(self.rope or ()))
+        return [x for x in every if x is not None]
 
 
-ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+def attention_mask(seen: Tensor, N: int, causal: bool) -> Tensor:
+    """Which of the last N tokens sees which of all S: (B, S) bool -> (B, 1, N, S) bool."""
+    B, S = seen.shape
+    past = S - N
+    mask = seen[:, None, None, :].expand(B, 1, N, S)
+    if causal:
+        mask = mask & torch.ones_like(mask).tril(past)
+    # A padding token sees itself, so that no row of the softmax is empty (NaN).
+    itself = torch.eye(N, S, dtype=torch.bool, device=seen.device).roll(past, dims=1)
+    return mask | itself
+
+
+# ------------------------------------------------------------------------------- rotary positions
 
 
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al., 2021) for (B, N) positions."""
-    r, d = config.rope, config.d_head
-    inverse = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
-    freq = 1.0 / r["rope_theta"] ** inverse
-    if r["rope_type"] == "llama3":
+    rope, d = config.rope, config.d_head
+    exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
+    freq = 1.0 / rope["rope_theta"] ** exponent
+    if rope["rope_type"] == "llama3":
         # Llama 3.1 stretches the slow waves by `factor`, keeps the fast ones, blends in between.
-        wavelength = 2 * math.pi / freq
-        low, high = r["low_freq_factor"], r["high_freq_factor"]
-        waves = r["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        waves = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
         keep = ((waves - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / r["factor"]
+        freq = keep * freq + (1 - keep) * freq / rope["factor"]
     angles = positions[:, None, :, None].float() * torch.cat([freq, freq])
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + d/2}) of each head by their angle."""
     a, b = x.chunk(2, dim=-1)
-    return (x * rope[0] + torch.cat([-b, a], dim=-1) * rope[1]).type_as(x)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).type_as(x)
 
 
-# ------------------------------------------------------------------------------------------ modules
+# ----------------------------------------------------------------------------------------- modules
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def norm(config: Config) -> nn.Module:
-    kind = nn.RMSNorm if config.family == "llama" else nn.LayerNorm
+    kind = nn.RMSNorm if config.rms_norm else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
 
@@ -226,43 +179,55 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c, self.config = config, config
-        self.q = nn.Linear(c.d_model, c.n_head * c.d_head, bias=c.bias)
-        self.k = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.bias)
-        self.v = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.bias)
-        self.o = nn.Linear(c.n_head * c.d_head, c.d_model, bias=c.bias)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.d_head, self.dropout = config.d_head, config.dropout
+        self.q = nn.Linear(config.d_model, config.n_head * config.d_head, bias=config.bias)
+        self.k = nn.Linear(config.d_model, config.n_kv_head * config.d_head, bias=config.bias)
+        self.v = nn.Linear(config.d_model, config.n_kv_head * config.d_head, bias=config.bias)
+        self.o = nn.Linear(config.n_head * config.d_head, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, ctx: Context, key: tuple) -> Tensor:
         B, N, _ = x.shape
-        heads = (p(x).view(B, N, -1, self.config.d_head) for p in (self.q, self.k, self.v))
-        q, k, v = (p.transpose(1, 2) for p in heads)  # (B, heads, N, d)
-        if not x.is_cuda:  # the CPU's attention in bfloat16 is slow backwards
+        q = self.q(x).view(B, N, self.n_head, self.d_head).transpose(1, 2)  # (B, heads, N, d)
+        k = self.k(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
+        v = self.v(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
+        if not x.is_cuda:  # in bfloat16 the CPU's attention is slow backwards
             q, k, v = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (q, k, v))
         if ctx.rope is not None:
-            q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache.append(key, k, v)
-        # Grouped-query attention: neighbouring heads share a key and a value. On CUDA, says torch's
-        # documentation, only two kernels know it, and the fast one of them takes no mask.
-        groups = self.config.n_head // self.config.n_kv_head
+        # In grouped-query attention neighbouring heads share a key and a value. On CUDA the fast
+        # kernels take no mask together with enable_gqa, so there the groups are written out.
+        groups = self.n_head // self.n_kv_head
         if groups > 1 and x.is_cuda:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        how = dict(attn_mask=ctx.mask, is_causal=ctx.causal and ctx.mask is None)
-        how |= dict(dropout_p=self.config.dropout * self.training, enable_gqa=not x.is_cuda)
+            k = k.repeat_interleave(groups, dim=1)
+            v = v.repeat_interleave(groups, dim=1)
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, **how)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=ctx.mask,
+                is_causal=ctx.causal and ctx.mask is None,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=not x.is_cuda,
+            )
         return self.o(y.transpose(1, 2).reshape(B, N, -1))
 
 
 class MLP(nn.Module):
-    """Two projections with an activation between, or SwiGLU's three (Shazeer, 2020)."""
+    """Two projections with an activation between, or Llama's three (SwiGLU, Shazeer, 2020)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        bias, self.act = config.family != "llama", ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if not bias else None
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
+        if config.activation not in ACTIVATIONS:
+            raise InputError(f"activation {config.activation!r} is not one of {[*ACTIVATIONS]}")
+        gated = config.gated_mlp
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if gated else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=not gated)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=not gated)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -271,21 +236,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, z -> z + u_j(z). Attention, then MLP, each with its residual and its norm."""
+    """One layer, z -> z + u_j(z): attention, then MLP, each with its residual and its norm."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.post_norm, self.drop = config.family == "roberta", nn.Dropout(config.dropout)
-        self.norm1, self.attn = norm(config), Attention(config)
-        self.norm2, self.mlp = norm(config), MLP(config)
+        self.post_norm = config.post_norm
+        self.norm1 = norm(config)
+        self.attn = Attention(config)
+        self.norm2 = norm(config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, z: Tensor, ctx: Context, key: tuple) -> Tensor:
-        """(B, N, D) -> (B, N, D). `key` is the cache's: (slot in the stack, layer that runs)."""
+        """(B, N, D) -> (B, N, D). `key`, for the cache: (slot in the stack, layer that runs)."""
         if self.post_norm:
             z = self.norm1(z + self.drop(self.attn(z, ctx, key)))
-            return self.norm2(z + self.drop(self.mlp(z)))
-        z = z + self.drop(self.attn(self.norm1(z), ctx, key))
-        return z + self.drop(self.mlp(self.norm2(z)))
+            z = self.norm2(z + self.drop(self.mlp(z)))
+        else:
+            z = z + self.drop(self.attn(self.norm1(z), ctx, key))
+            z = z + self.drop(self.mlp(self.norm2(z)))
+        return z
 
 
 class Layers(nn.Module):
@@ -301,65 +271,50 @@ class Layers(nn.Module):
         return z
 
 
-class MaskedLMHead(nn.Module):
-    """RoBERTa's head; its last projection is the token embedding plus a bias."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.dense, self.norm = nn.Linear(config.d_model, config.d_model), norm(config)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(h))), embedding, self.bias)
-
-
 class ClassificationHead(nn.Module):
-    """RoBERTa's dense, tanh, output on the first token (<s>), or on a decoder's last real one."""
+    """RoBERTa's: dense, tanh, output. It reads the first token (<s>), or a decoder's last one."""
 
     def __init__(self, config: Config, labels: int) -> None:
         super().__init__()
-        self.family, self.dropout = config.family, config.dropout
+        self.causal = config.causal
+        self.drop = nn.Dropout(config.dropout)
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.out = nn.Linear(config.d_model, labels)
 
     def forward(self, h: Tensor, real: Tensor) -> Tensor:
-        if self.family == "roberta":
+        """Hidden states (B, N, D) and the mask of real tokens (B, N) -> (B, labels)."""
+        if not self.causal:
             h = h[:, 0]
-        else:
-            last = (real * torch.arange(real.shape[1], device=h.device)).argmax(dim=1)
+        else:  # only its last token has seen them all
+            places = torch.arange(real.shape[1], device=h.device)
+            last = (real * places).argmax(dim=1)
             h = h[torch.arange(len(h), device=h.device), last]
-        h = torch.tanh(self.dense(F.dropout(h, self.dropout, self.training)))
-        return self.out(F.dropout(h, self.dropout, self.training))
+        h = torch.tanh(self.dense(self.drop(h)))
+        return self.out(self.drop(h))
 
 
 class Transformer(nn.Module):
-    """Embeddings, T layers, a head.
-
-    head: "lm" (next or masked token), "none" (hidden states only), or a number of labels (a
-    classification head; one label is a regression).
-    """
+    """Embeddings, T layers, a head: "lm" (a decoder's: the next token), "none" (hidden
+    states only), or a number of labels (a classification head; one label is a score)."""
 
     def __init__(self, config: Config, head: str | int = "lm") -> None:
         super().__init__()
-        if config.activation not in ACTIVATIONS:
-            raise InputError(f"activation {config.activation!r} is not one of {[*ACTIVATIONS]}")
-        c, self.config = config, config
-        self.precision: str | None = None  # of matrix products, "bf16" or "float32"; see `bf16`
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        if c.family != "llama":
-            offset = c.pad + 1 if c.family == "roberta" else 0
-            self.positions = nn.Embedding(c.max_positions + offset, c.d_model)
-        if c.family == "roberta":
-            self.token_type = nn.Embedding(1, c.d_model)  # always segment 0: one row to add
-        self.norm = norm(c)  # RoBERTa's stands after the embeddings, the others' after the layers
-        self.layers = Layers(c)
+        self.config = config
+        self.precision: str | None = None  # of matrix products; None: bf16 on CUDA
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if not config.rotary:
+            rows = config.first_position + config.max_positions
+            self.positions = nn.Embedding(rows, config.d_model)
+        if config.segments:
+            self.token_type = nn.Embedding(1, config.d_model)
+        self.norm = norm(config)  # after the layers; with post_norm after the embeddings
+        self.layers = Layers(config)
+        self.hidden_only = head == "none"
         self.head = None
         if isinstance(head, int):
-            self.head = ClassificationHead(c, head)
-        elif head == "lm" and c.family == "roberta":
-            self.head = MaskedLMHead(c)
-        elif head == "lm" and not c.tied:
-            self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+            self.head = ClassificationHead(config, head)
+        elif head == "lm" and not config.tied:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -367,22 +322,22 @@ class Transformer(nn.Module):
 
     @property
     def bf16(self) -> bool:
-        """Whether matrix products are in bfloat16: by default on CUDA only. Raises InputError."""
+        """Whether matrix products are in bfloat16: by default on CUDA only."""
         known = {"bf16": True, "float32": False, None: self.device.type == "cuda"}
         if self.precision not in known:
             raise InputError(f"precision is {self.precision!r}, not bf16 or float32")
         return known[self.precision]
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in the model's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def cast_frozen(self) -> None:
-        """For bf16, frozen linear layers in bfloat16: autocast would cast them in every pass."""
-        if self.bf16:
-            for m in self.layers.blocks.modules():
-                if isinstance(m, nn.Linear) and not m.weight.requires_grad:
-                    m.to(torch.bfloat16)
+        """For bf16: store frozen linear layers so, or autocast would cast them in every pass."""
+        if not self.bf16:
+            return
+        for m in self.layers.blocks.modules():
+            if isinstance(m, nn.Linear) and not m.weight.requires_grad:
+                m.to(torch.bfloat16)
 
     def hidden(
         self,
@@ -396,191 +351,134 @@ class Transformer(nn.Module):
 
         mask: (B, N) bool, False for padding, on either side; None: no padding.
         prompt: (B, N) bool, the tokens that are given rather than generated; None: all real ones.
-        cache: keys and values of the tokens before these; filled as a side effect.
-        sees: (B, N, S) bool, which of the cached tokens and of these each one sees, where they are
-        not one text but beams side by side, each a token longer than before.
+        cache: keys and values of the tokens before these; these are added to it.
+        sees: (B, N, S) bool, which tokens each of these sees. For beam search, where the N tokens
+            are not one text but the newest token of each beam.
         Raises InputError if the sequence is longer than the model has positions.
         """
-        c, (B, N) = self.config, ids.shape
+        c, N = self.config, ids.shape[1]
+        # 1) Which tokens are there, with those in the cache: (B, S).
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        seen, past, padded = real, 0, mask is not None
+        seen, length = real, N
         if cache is not None:
             if cache.real is not None:
-                past, seen = cache.real.shape[1], torch.cat([cache.real, real], dim=1)
-            padded, cache.real = True, seen
+                seen = torch.cat([cache.real, real], dim=1)
+            cache.real = seen
             cache.length += N if sees is None else 1
-        length = N if cache is None else cache.length
+            length = cache.length
         if length > c.max_positions:
             what = f"{length} tokens are more than the {c.max_positions} positions of the model"
             raise InputError(what)
-        attention, position = None, seen.cumsum(1)[:, past:]  # (B, N), padding does not count
-        if sees is not None:
-            attention, position = sees[:, None], sees.sum(-1)
-        elif padded and (N > 1 or past):
-            attention = seen[:, None, None, :].expand(B, 1, N, past + N)
-            if c.family != "roberta":
-                attention = attention & torch.ones_like(attention).tril(past)
-            # A padding token sees itself, so that no row of the softmax is empty (NaN).
-            itself = torch.eye(N, past + N, dtype=torch.bool, device=ids.device)
-            attention = attention | itself.roll(past, dims=1)
-        position = (position - 1).clamp(min=0)
-        rope = rope_angles(c, position) if c.family == "llama" else None
-        prompt = real if prompt is None else prompt.bool() & real
-        causal = c.family != "roberta" and N > 1
-        ctx = Context(real, prompt, attention, causal, rope, cache)
 
+        # 2) Who sees whom, and where each token stands: padding does not count.
+        if sees is not None:
+            looks, position = sees[:, None], sees.sum(-1)
+        else:
+            padded = mask is not None or cache is not None
+            alone = N == 1 and seen.shape[1] == 1  # a single token sees itself anyway
+            looks = attention_mask(seen, N, c.causal) if padded and not alone else None
+            position = seen.cumsum(1)[:, -N:]
+        position = (position - 1).clamp(min=0) + c.first_position
+        if c.first_position:  # the row before the first is that of padding
+            position = position.masked_fill(~real, c.first_position - 1)
+        ctx = Context(
+            real=real,
+            prompt=real if prompt is None else prompt.bool() & real,
+            mask=looks,
+            causal=c.causal and N > 1,
+            rope=rope_angles(c, position) if c.rotary else None,
+            cache=cache,
+        )
+
+        # 3) Embeddings, layers, norm.
         z = self.embed(ids)
-        if c.family == "gpt2":
+        if not c.rotary:
             z = z + self.positions(position)
-        if c.family == "roberta":
-            z = z + self.positions((position + 1) * real + c.pad) + self.token_type.weight[0]
+        if c.segments:
+            z = z + self.token_type.weight[0]
+        if c.post_norm:
             z = self.norm(z)
-        z = self.layers(F.dropout(z, c.dropout, self.training), ctx)
-        return z if c.family == "roberta" else self.norm(z)
+        z = F.dropout(z, c.dropout, self.training)
+        z = self.layers(z, ctx)
+        return z if c.post_norm else self.norm(z)
 
     def logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
-        """Hidden states (..., D) -> (..., vocabulary); with a classification head (B, N, D) and the
-        (B, N) mask of real tokens -> (B, labels)."""
+        """Hidden states (..., D) -> (..., vocabulary); with a classification head (B, N, D) and
+        the mask of real tokens (B, N) -> (B, labels)."""
         if isinstance(self.head, ClassificationHead):
-            return self.head(h, h.new_ones(h.shape[:2]) if real is None else real)
-        if isinstance(self.head, MaskedLMHead):
-            return self.head(h, self.embed.weight)
-        return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
+            return self.head(h, torch.ones_like(h[..., 0]) if real is None else real)
+        if self.head is not None:
+            return self.head(h)
+        return h if self.hidden_only else F.linear(h, self.embed.weight)
 
     def forward(
-        self, ids: Tensor, mask: Tensor | None = None, *rest: object, **more: object
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        prompt: Tensor | None = None,
+        **more: object,
     ) -> Tensor:
         """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels); see `hidden`."""
-        return self.logits(self.hidden(ids, mask, *rest, **more), mask)
+        return self.logits(self.hidden(ids, mask, prompt, **more), mask)
 
-    def loss(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
-        """The loss that training lowers, summed over the M targets: the cross-entropy of answers'
-        tokens (logits are computed for those alone) or of labels; of scores the squared error.
-        `smoothing`: label smoothing (Szegedy et al., 2016)."""
+    def loss(self, batch, smoothing: float = 0.0) -> Tensor:
+        """The loss of a `data.Batch`, summed over its M targets: cross-entropy of the answers'
+        tokens or of labels, squared error of scores. `smoothing`: label smoothing."""
         batch = batch.to(self.device)
         with self.autocast():
             h = self.hidden(batch.ids, batch.mask, batch.prompt)
             if isinstance(self.head, ClassificationHead):
                 logits = self.head(h, batch.mask)[batch.where].float()
-            else:
+            else:  # logits are computed only where there is a target
                 logits = self.logits(h.flatten(0, 1)[batch.where]).float()
         if logits.shape[-1] == 1:
             return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
         return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
 
 
-# ---------------------------------------------------------------------------------------- loading
-
-# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler.
-REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$"
-
-
-def convert(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Hugging Face's state dict as ours: names, GPT-2's transposed and fused projections."""
-    out = {}
-    for name, w in tensors.items():
-        for pattern, new in config.hub["rename"]:
-            name = re.sub(pattern, new, name)
-        if re.search(REDUNDANT, name):
-            continue
-        w = torch.atleast_1d(w)
-        if config.family == "gpt2" and re.search(r"\.(attn|mlp)\.\w+\.weight$", name):
-            w = w.transpose(0, -1)  # GPT-2 stores these as (in, out)
-        if ".attn.c_attn." in name:  # q, k and v in one
-            for part, piece in zip("qkv", w.chunk(3), strict=False):
-                out[name.replace("c_attn", part)] = piece
-        elif name == "token_type.weight":
-            out[name] = w[:1]
-        else:
-            out[name] = w
-    for name, other in config.hub["again"].items():
-        if config.tied and name in out and other in out and torch.equal(out[name], out[other]):
-            del out[name]
-    return out
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    index, single, legacy = (folder / name for name in names)
-    if not (index.exists() or single.exists() or legacy.exists()):
-        raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
-    files = [single if single.exists() else legacy]
-    if index.exists():
-        shards = read_json(index, {"weight_map": (dict,)})["weight_map"].values()
-        files = [folder / name for name in sorted({*map(str, shards)})]
-    return {name: w for file in files for name, w in read_tensors(file).items()}
-
-
-def checkpoint_folder(name: str | Path) -> Path:
-    """A local folder, or a hub name such as "gpt2-medium", downloaded once and cached."""
-    folder = locate(name)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-    from huggingface_hub.errors import GatedRepoError
-
-    wanted = ["*.json", "*.safetensors", "merges.txt"]
-    try:
-        folder = Path(snapshot_download(str(name), allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(str(name), allow_patterns=["pytorch_model.bin"])
-        return folder
-    except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
-        if isinstance(error, GatedRepoError):
-            what = f"model '{name}' is gated: ask for access at https://huggingface.co/{name}"
-            way = "then log in with `hf auth login` or set HF_TOKEN to your access token"
-            raise InputError(f"{what}, {way}") from error
-        what = f"model '{name}' is neither a folder nor to be had from the hub"
-        raise InputError(f"{what} ({reason(error)})") from error
-
-
-def read_config(folder: Path) -> Config:
-    """The Config in a checkpoint folder. Raises InputError if it is missing or unsupported."""
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
-    return Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
+# ----------------------------------------------------------------------------------------- loading
 
 
 def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:
-    """A pretrained model from a folder or the hub, in float32 on the CPU, in evaluation mode.
+    """A pretrained model from a folder or the hub ("gpt2-medium"), in float32 on the CPU.
 
-    head: see `Transformer`. A classification head is new unless the checkpoint carries one.
+    head: see `Transformer`. A classification head is new unless the checkpoint has one that fits.
     dropout: replaces the checkpoint's own.
     Raises InputError, naming the tensors, unless checkpoint and model fit exactly.
     """
-    folder = checkpoint_folder(name)
-    config = read_config(folder)
+    settings, tensors = read_checkpoint(name)
+    config = Config(**settings)
     if dropout is not None:
         config = replace(config, dropout=dropout)
-    have = convert(read_weights(folder), config)
-    if config.tied and head == "lm" and "head.weight" in have:  # transformers does the same
-        print(f"{folder}: config ties lm_head.weight to the embedding, but it differs: used as is")
+    if head == "lm" and not config.causal:  # its head, for masked tokens, is of no use here
+        head = "none"
+    if config.tied and head == "lm" and "head.weight" in tensors:  # transformers does the same
+        print(f"{name}: config ties lm_head.weight to the embedding, but it differs: used as is")
         config = replace(config, tied=False)
-    with torch.device("meta"):  # no memory, no initialisation: the checkpoint fills every parameter
+    with torch.device("meta"):  # no memory, no random numbers: the checkpoint fills everything
         model = Transformer(config, head)
     wanted = model.state_dict()
-    head_names = {n for n in wanted if n.startswith("head.")}
-    fits = all(n in have and have[n].shape == wanted[n].shape for n in head_names)
-    if head != "lm" and not (fits and head_names):  # the checkpoint's head is for something else
-        have = {n: w for n, w in have.items() if not n.startswith("head.")}
-        wanted = {n: w for n, w in wanted.items() if not n.startswith("head.")}
-    check_tensors(have, wanted, folder)
-    have = {n: w.float().contiguous() for n, w in have.items()}
-    if head_names - have.keys():
-        fresh = ClassificationHead(config, head).state_dict()
-        have |= {"head." + n: w for n, w in fresh.items()}
-    model.load_state_dict(have, assign=True)
+    ours = {n for n in wanted if n.startswith("head.")}
+    fits = ours and all(n in tensors and tensors[n].shape == wanted[n].shape for n in ours)
+    if head != "lm" and not fits:  # theirs, if any, is a head for something else
+        tensors = {n: w for n, w in tensors.items() if not n.startswith("head.")}
+        if ours:
+            new = ClassificationHead(config, head).state_dict()
+            tensors |= {"head." + n: w for n, w in new.items()}
+    check_tensors(tensors, wanted, name)
+    tensors = {n: w.float().contiguous() for n, w in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 if __name__ == "__main__":
-    model, ids = load("nano/gpt2"), torch.arange(100, 116)[None]
-    blocks = [*model.layers.blocks]
+    model = load("nano/gpt2")
+    ids = torch.arange(100, 116)[None]
+    blocks = list(model.layers.blocks)
 
-    def show(block: Block, inputs: tuple, z: Tensor) -> None:
-        t, u = blocks.index(block), z - inputs[0]
-        print(f"layer {t}: z has norm {inputs[0].norm():6.1f}, u_{t}(z) {u.norm():6.1f}")
+    def show(block: Block, inputs: tuple, output: Tensor) -> None:
+        t, z = blocks.index(block), inputs[0]
+        print(f"layer {t}: z has norm {z.norm():6.1f}, u_{t}(z) {(output - z).norm():6.1f}")
 
     for block in blocks:
         block.register_forward_hook(show)

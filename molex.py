@@ -2,336 +2,285 @@
 
     z_{t+1} = z_t + alpha u_t(z_t) + (1 - alpha) sum_j w_j u_j(z_t)                         (Eq. 4)
 
-u_j(z) = block_j(z) - z is the update of layer j, alpha = 0.95, and the sum runs over the K layers
-(K = 1) that the gate has chosen among all T. Layers are shared, not copied ("sparse upcycling"):
-the only new parameters are the gate's and, if learned, alpha.
+u_j(z) = block_j(z) - z is what layer j adds to the hidden state. The place t in the stack is called
+a slot. Its own layer t keeps the share alpha = 0.95; the rest goes to the K layers (K = 1) that a
+gate has chosen among all T. Layers are shared, not copied ("sparse upcycling"): the only new
+parameters are the gate's and, if it is learned, alpha.
 
     model = upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig())
     python molex.py                     one sentence's way through nano/gpt2, slot by slot
 
-`MoLEx` takes the place of model.py's `Layers`, so nothing else changes. Where the paper is silent:
+`MoLEx` takes the place of model.py's `Layers`; nothing else changes. Where the paper is silent:
 
-- Every token scores all layers, but one decision holds for the whole batch ("batch routing",
-  appendix B.1) - or for each sequence, with route="sequence", and then a prediction does not depend
-  on what else is in the batch. Padding never votes.
-- In a language model only the prompt votes. Later tokens must not decide how earlier ones are
-  read, and at generation they do not exist yet. The decision is then held while the answer is
-  written, which keeps the key/value cache exact: one per (slot, layer that runs there).
-- alpha = 1, or a gate that picks layer t in slot t, gives back the LoRA model bit for bit.
-
-Who starts the chosen layer? The CPU, which has to wait for the gate's vote in every slot; or, with
-on_device, the GPU: the weights of all layers lie in one matrix, a row each, and the vote is an
-index into it that the CPU never reads. So a step never waits, and can be a CUDA graph.
+- Every token scores every layer, but then one decision holds for the whole batch ("batch routing",
+  appendix B.1). With route="sequence" each sequence decides for itself, so that a prediction does
+  not depend on what else is in the batch. Padding never votes.
+- In a language model only the prompt votes: later tokens must not decide how earlier ones are
+  read, and while a text is written they do not exist yet. The decision then stands until the text
+  ends, so the cached keys and values stay valid.
+- With alpha = 1, or if the gate picks layer t in slot t, the result is the LoRA model's to the bit.
 """
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from model import Context, Transformer
+from support.cuda import LayerBank, fork, join, share
 from support.files import InputError
+from support.routes import RouteLog
+from support.settings import check_fields, setting
+
+# -------------------------------------------------------- what the paper varies, each by its name
 
 
-def setting(default: object, help: str, *choices: str, **limits: float) -> object:
-    """A field with its help and what it can be; a number: from `least`, less than `below`. train.py
-    makes a flag of each."""
-    limits = dict(least=0 if isinstance(default, float) else 1, below=1e30) | limits
-    return field(default=default, metadata=dict(help=help, choices=choices) | limits)
-
-
-@dataclass(frozen=True)
-class MoLExConfig:
-    """The gate of Tables 5 and 6. The defaults are the paper's for E2E."""
-
-    gate: str = setting("linear", '"Cos" in Table 5 is cosine', "linear", "cosine")
-    proj_dim: int = setting(128, "of the cosine gate")
-    activation: str = setting("softmax", '"Sig" in Table 5 is sigmoid', "softmax", "sigmoid")
-    individual_gates: bool = setting(False, "a gate and an alpha for each layer, not one for all")
-    vote: str = setting("mode", 'batch aggregation, Table 5\'s "Batch Agg"', "mode", "mean")
-    top_k: int = setting(1, "layers chosen for each slot (K)")
-    alpha: float = setting(0.95, "share of the slot's own layer; where it starts if learned")
-    learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
-    gate_weight: str = setting("renormalised", "a reading of w_j (README)", "renormalised", "prob")
-    route: str = setting("batch", "who decides on the layers", "batch", "sequence")
-    layers: tuple[int, ...] | None = setting(None, "slots that mix, first-last; E2E: the first 12")
-    on_device: bool = setting(False, "chosen layers by an index that the CPU never reads, for CUDA")
-
-    def check(self, T: int) -> None:
-        """Raise InputError unless this fits a model of T layers."""
-        for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["choices"]
-            if allowed and value not in allowed:
-                raise InputError(f"{f.name} is {value!r}, not {' or '.join(allowed)}")
-        if not 1 <= self.top_k <= T:
-            raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
-        if self.proj_dim < 1:
-            raise InputError(f"proj-dim is {self.proj_dim}, but a projection has at least one row")
-        if any(type(t) is not int or t not in range(T) for t in self.layers or ()):
-            span = f"{self.layers[0]}-{self.layers[-1]}"
-            raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")
-        inside = 0 < self.alpha < 1 if self.learn_alpha else 0 <= self.alpha <= 1
-        if not inside:
-            raise InputError(f"alpha is {self.alpha}, not between 0 and 1")
-        if self.on_device and self.route != "batch":
-            raise InputError("on-device needs one choice for the batch, not --route sequence")
-
-
-class LinearGate(nn.Linear):
-    """g(z) = W z + b, section 2.2. (..., D) -> (..., T)."""
+def linear_gate(d_model: int, T: int, config: "MoLExConfig") -> nn.Module:
+    """g(z) = W z + b, section 2.2: (..., D) -> (..., T)."""
+    return nn.Linear(d_model, T)
 
 
 class CosineGate(nn.Module):
-    """The router of X-MoE (Chi et al., 2022): project z, take the cosine with one learned embedding
-    per layer, divide by a learned temperature. (..., D) -> (..., T)."""
+    """The router of X-MoE (Chi et al., 2022): project z, take the cosine with one learned
+    embedding per layer, divide by a learned temperature. (..., D) -> (..., T)."""
 
-    def __init__(self, d_model: int, T: int, proj_dim: int) -> None:
+    def __init__(self, d_model: int, T: int, config: "MoLExConfig") -> None:
         super().__init__()
-        self.project = nn.Linear(d_model, proj_dim, bias=False)
-        self.layer = nn.Parameter(torch.randn(T, proj_dim))
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.3)))  # the logarithm: stays > 0
+        self.project = nn.Linear(d_model, config.proj_dim, bias=False)
+        self.layer = nn.Parameter(torch.randn(T, config.proj_dim))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.3)))  # a logarithm: stays > 0
 
     def forward(self, z: Tensor) -> Tensor:
         cosine = F.normalize(self.project(z), dim=-1) @ F.normalize(self.layer, dim=-1).T
         return cosine / self.log_temperature.exp().clamp(min=0.01)
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Under data parallelism N processes decide what one with the whole batch would."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def by_mean(votes: Tensor, affinity: Tensor) -> Tensor:
+    """The layers in order of their mean affinity, then of their number: (B, T) -> (B, T)."""
+    return affinity.argsort(descending=True, stable=True)  # stable: the lower number first
+
+
+def by_mode(votes: Tensor, affinity: Tensor) -> Tensor:
+    """The layers in order of their votes, then of their mean affinity: (B, T) -> (B, T)."""
+    order = by_mean(votes, affinity)
+    by_votes = votes.gather(1, order).argsort(descending=True, stable=True)
+    return order.gather(1, by_votes)
+
+
+def renormalised(log_a: Tensor) -> Tensor:
+    """Eq. 4, softmax after TopK: a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K).
+
+    With K = 1 that is 1, whatever the gate says, and the task could not teach the gate anything;
+    so the gradient is passed straight through, as if the weight were a_nj.
+    """
+    w = log_a.softmax(-1)
+    if w.shape[-1] == 1:
+        w = w + (log_a.exp() - log_a.exp().detach())
+    return w
+
+
+def prob(log_a: Tensor) -> Tensor:
+    """Appendix B, read as in the Switch Transformer: a_nj itself. The task teaches the gate, and an
+    unsure gate makes the second update small."""
+    return log_a.exp()
+
+
+GATES = {"linear": linear_gate, "cosine": CosineGate}
+LOG_AFFINITIES = {"softmax": partial(F.log_softmax, dim=-1), "sigmoid": F.logsigmoid}
+VOTES = {"mode": by_mode, "mean": by_mean}
+WEIGHTS = {"renormalised": renormalised, "prob": prob}
+
+
+@dataclass(frozen=True)
+class MoLExConfig:
+    """The gate's settings, as in Tables 5 and 6. The defaults are the paper's for E2E."""
+
+    gate: str = setting("linear", '"Cos" in Table 5 is cosine', *GATES)
+    proj_dim: int = setting(128, "width of the cosine gate's projection", below=4097)
+    activation: str = setting("softmax", '"Sig" in Table 5 is sigmoid', *LOG_AFFINITIES)
+    individual_gates: bool = setting(False, "a gate and an alpha for each layer, not one for all")
+    vote: str = setting("mode", 'batch aggregation, Table 5\'s "Batch Agg"', *VOTES)
+    top_k: int = setting(1, "layers chosen for each slot (K)", below=4097)
+    alpha: float = setting(0.95, "share of the slot's own layer; where it starts, if learned")
+    learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
+    gate_weight: str = setting("renormalised", "a reading of w_j (DECISIONS.md)", *WEIGHTS)
+    route: str = setting("batch", "who decides on the layers", "batch", "sequence")
+    layers: tuple[int, ...] | None = setting(None, "slots that mix; None: all, E2E: the first 12")
+    on_device: bool = setting(False, "the GPU alone learns which layer was chosen, no step waits")
+
+    def check(self, T: int) -> None:
+        """Raise InputError unless this fits a model of T layers."""
+        check_fields(self)
+        if self.top_k > T:
+            raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
+        if any(type(t) is not int or t not in range(T) for t in self.layers or ()):
+            span = f"{self.layers[0]}-{self.layers[-1]}"
+            raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")
+        if self.alpha > 1 or (self.learn_alpha and self.alpha in (0, 1)):
+            raise InputError(f"alpha is {self.alpha}, not between 0 and 1")
+        if self.on_device and self.route != "batch":
+            raise InputError("--on-device needs one choice for the batch, not --route sequence")
 
 
 class MoLEx(nn.Module):
-    """The stack of layers, Eq. 4; a drop-in for `model.Layers` over the same blocks.
+    """The stack of layers, Eq. 4, over the blocks of a model's `Layers`.
 
-    After a forward pass in training mode `load_balance` is the loss of Fedus et al. (2022),
-    averaged over the slots that mix. `counts[t, j]`: how many sequences had layer j chosen in t.
-    """
+    After a forward pass in training, `load_balance` is the load-balance loss; `routes` counts what
+    was chosen (support/routes.py)."""
 
     def __init__(self, blocks: nn.ModuleList, d_model: int, config: MoLExConfig) -> None:
         super().__init__()
         T = len(blocks)
         config.check(T)
-        self.blocks, self.config = blocks, config
+        self.blocks = blocks  # the model's own, not copies
+        self.config = config
         self.slots = sorted(set(range(T) if config.layers is None else config.layers))
         copies = len(self.slots) if config.individual_gates else 1
-        cosine = partial(CosineGate, proj_dim=config.proj_dim)
-        gate = cosine if config.gate == "cosine" else LinearGate
-        self.gates = nn.ModuleList(gate(d_model, T) for _ in range(copies))
-        if config.learn_alpha:  # a free parameter behind a sigmoid stays a mixture at any step size
+        new_gate = GATES[config.gate]
+        self.gates = nn.ModuleList(new_gate(d_model, T, config) for _ in range(copies))
+        if config.learn_alpha:  # behind a sigmoid, so that it stays between 0 and 1
             start = math.log(config.alpha / (1 - config.alpha))
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
+        self.register_buffer("numbers", torch.arange(T), persistent=False)
         self.load_balance: Tensor | None = None
-        self.bank: list[tuple[dict[str, torch.Size], Tensor]] = []  # of one pass, see `stack`
-        self.side: torch.cuda.Stream | None = None
-        self.made: list[tuple[Tensor, Tensor]] = []  # of one pass, see `record`
-        for name, start in dict(
-            numbers=torch.arange(T),
-            index=torch.tensor(self.slots),
-            counts=torch.zeros(T, T, dtype=torch.long),
-            last=torch.full((len(self.slots), config.top_k), -1),  # picks in training, see `record`
-            sums=torch.zeros(6, dtype=torch.float64),  # over training, see `summary`
-        ).items():
-            self.register_buffer(name, start, persistent=False)
-
-    def alpha(self, t: int) -> Tensor | float:
-        """The share of the slot's own layer."""
-        if not self.config.learn_alpha:
-            return self.config.alpha
-        return self.alpha_logit[self.copy(t)].sigmoid()
+        self.routes = RouteLog(T, self.slots, config.top_k)
+        self.bank = LayerBank(blocks)  # for on_device
 
     def copy(self, t: int) -> int:
-        """Which gate and alpha slot t uses."""
+        """Which of the gates and alphas slot t uses."""
         return self.slots.index(t) if self.config.individual_gates else 0
 
-    def shares(self) -> Tensor:
-        """For how many of the sequences, in %, layer j was chosen in slot t: (T, T), rows t. K = 2
-        adds up to 200; a slot that does not mix chooses none."""
-        counts = self.counts.cpu()
-        return 100 * self.config.top_k * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    def alpha(self, t: int) -> Tensor | float:
+        """The share of slot t's own layer."""
+        if self.config.learn_alpha:
+            return self.alpha_logit[self.copy(t)].sigmoid()
+        return self.config.alpha
 
     @torch.no_grad()
-    def summary(self) -> dict[str, float]:
-        """Of training since the last call, with route="batch": the shares of votes that changed a
-        slot's layers and that took its own one, the mean affinity of the chosen layers and the
-        load-balance loss; and alpha now, a mean over the slots."""
-        votes, changed, own, affinity, passes, balance = self.sums.tolist()
-        self.sums.zero_()
-        learned, n = self.config.learn_alpha, max(1, votes)
-        alpha = self.alpha_logit.sigmoid().mean().item() if learned else self.config.alpha
-        means = dict(changed=changed / n, own=own / n, affinity=affinity / n)
-        return means | dict(balance=balance / max(1, passes), alpha=alpha)
+    def mean_alpha(self) -> float:
+        """Of the slots that mix."""
+        if self.config.learn_alpha:
+            return self.alpha_logit.sigmoid().mean().item()
+        return self.config.alpha
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None
-        self.bank, self.made = self.stack() if self.config.on_device else [], []
-        if z.is_cuda:
-            self.side = self.side or torch.cuda.Stream(z.device)
-            shared = (ctx.real, ctx.prompt, ctx.mask, *(ctx.rope or ()), *(m for _, m in self.bank))
-            for x in shared:
-                if x is not None:  # not to be reused before both streams are done with it
-                    x.record_stream(self.side)
+        self.routes.begin_pass()
+        if self.config.on_device:
+            self.bank.fill()
+        share(*ctx.tensors(), *self.bank.tensors())  # the second stream reads them, too
         for t, block in enumerate(self.blocks):
-            z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
-        if self.made:
-            self.record(len(z))
-        self.bank, self.made = [], []
+            if t in self.slots:
+                z = self.mix(t, z, ctx)
+            else:
+                z = block(z, ctx, (t, t))
+        self.routes.end_pass(len(z), self.load_balance if self.config.route == "batch" else None)
+        self.bank.clear()
         return z
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
-        """One slot of Eq. 4, (B, N, D) -> (B, N, D).
+        """Slot t of Eq. 4, (B, N, D) -> (B, N, D).
 
-        On CUDA the slot's own layer runs on the current stream while the gate and the layers it
-        chooses run on a second one. Unless on_device, their numbers have to reach the CPU, which
-        starts them, but that waits for the second stream alone. On the CPU one runs after the
-        other, the slot's own one once. If each sequence chooses, a layer that any of them chose
-        runs for all, with weight zero for the others.
+        On CUDA the slot's own layer runs on the current stream while the gate and the layers that
+        it chooses run on a second one; `fork` and `join` make each wait for the other. On the CPU
+        they run one after the other.
         """
-        if z.is_cuda:
-            main = torch.cuda.current_stream(z.device)
-            self.side.wait_stream(main)
-            z.record_stream(self.side)
+        side = fork(z)
         own = self.blocks[t](z, ctx, (t, t))
-        with torch.cuda.stream(self.side if z.is_cuda else None):  # None: no change of stream
+        with torch.cuda.stream(side):  # None, on the CPU, changes nothing
             log_a = self.log_affinity(t, z)
-            best = log_a.argmax(-1, keepdim=True) == self.numbers
+            favourite = log_a.argmax(-1, keepdim=True) == self.numbers  # (B, N, T) bool
             if self.training:
-                self.load_balance = self.load_balance + self.balance(log_a, best, ctx.real)
-            picks = self.choose(t, log_a, best, ctx)
+                balance = self.balance(log_a, favourite, ctx.real)
+                self.load_balance = self.load_balance + balance / len(self.slots)
+            picks = self.choose(t, log_a, favourite, ctx)
             w = self.weights(log_a, picks)
-            if self.config.on_device:
-                chosen = enumerate(picks[0].split(1))
-                others = [self.borrow(j, z, ctx, (t, f"pick {k}")) for k, j in chosen]
-                shares = w.split(1, dim=-1)
-            else:
-                chosen = sorted({*picks.flatten().tolist()})
-                others = [self.blocks[j](z, ctx, (t, j)) if j != t else None for j in chosen]
-                shares = [(w * (picks == j)[:, None]).sum(-1, keepdim=True) for j in chosen]
-        if z.is_cuda:
-            main.wait_stream(self.side)
-            for x in chain(shares, others, *self.made[-1:]):
-                if x is not None:
-                    x.record_stream(main)
-        u, pairs = own - z, zip(shares, others, strict=True)
-        terms = [w_j * (u if other is None else other - z) for w_j, other in pairs]
-        v = sum(terms[1:], start=terms[0])
-        # z + alpha u + (1 - alpha) v, in the form that is exact for alpha = 1 and for v = u
+            chosen = self.run_chosen(t, z, ctx, picks, w)
+        join(side, [*chosen, *self.routes.open[-1:]])
+        u = own - z
+        updates = [w_j * (u if output is None else output - z) for w_j, output in chosen]
+        v = sum(updates[1:], start=updates[0])
+        # z + alpha u + (1 - alpha) v, written so that it is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
 
-    def stack(self) -> list[tuple[dict[str, torch.Size], Tensor]]:
-        """The weights of the layers as matrices (T, weights of a layer), a row for each layer; one
-        matrix for each dtype, trained or not, with the names and shapes of what a row holds."""
-        groups = defaultdict(dict)
-        for name, p in self.blocks[0].named_parameters():
-            groups[p.dtype, p.requires_grad][name] = p.shape
-        bank = []
-        for shapes in groups.values():
-            rows = [block.get_parameter(name).flatten() for block in self.blocks for name in shapes]
-            bank.append((shapes, torch.cat(rows).view(len(self.blocks), -1)))
-        return bank
-
-    def borrow(self, j: Tensor, z: Tensor, ctx: Context, key: tuple) -> Tensor:
-        """Layer j, a number (1,) that only the device knows: any block with the weights in row j.
-        In training its dropout is not that of the slot's own layer, even if it is that layer."""
-        weights = {}
-        for shapes, matrix in self.bank:
-            row = matrix.index_select(0, j)[0].split([shape.numel() for shape in shapes.values()])
-            weights |= {name: x.view(shapes[name]) for name, x in zip(shapes, row, strict=True)}
-        return functional_call(self.blocks[0], weights, (z, ctx, key))
+    def run_chosen(
+        self, t: int, z: Tensor, ctx: Context, picks: Tensor, w: Tensor
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """For each chosen layer its weight (B, N, 1) and output (B, N, D); no output for layer t,
+        which runs anyway. If each sequence decides, a layer that any of them has chosen runs for
+        all, with weight zero for the others."""
+        chosen = []
+        if self.config.on_device:  # only the GPU knows the numbers in `picks`
+            for k, j in enumerate(picks[0].split(1)):
+                output = self.bank(j, z, ctx, (t, f"pick {k}"))
+                chosen.append((w[..., k : k + 1], output))
+            return chosen
+        for j in sorted(set(picks.flatten().tolist())):  # the CPU waits here for the vote
+            weight = (w * (picks == j)[:, None]).sum(-1, keepdim=True)
+            chosen.append((weight, None if j == t else self.blocks[j](z, ctx, (t, j))))
+        return chosen
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
-        """log a_nj, how much each token would have each layer: (B, N, D) -> (B, N, T).
+        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T).
 
-        In float32 whatever the autocast, and as a logarithm, so that a token to which the chosen
+        In float32 even under autocast, and as a logarithm, so that a token to which the chosen
         layer is next to impossible still has finite weights.
         """
         with torch.autocast(z.device.type, enabled=False):
             scores = self.gates[self.copy(t)](z.to(torch.promote_types(z.dtype, torch.float32)))
-            if self.config.activation == "softmax":
-                return scores.log_softmax(-1)
-            return F.logsigmoid(scores)
+            return LOG_AFFINITIES[self.config.activation](scores)
 
-    def balance(self, log_a: Tensor, best: Tensor, real: Tensor) -> Tensor:
-        """Load-balance loss of one slot, T sum_j f_j P_j over real tokens: f_j is the share of
-        tokens whose best layer is j, P_j its mean share of the affinity (a sigmoid's does not add
-        up to 1). 1 where all layers fare alike. `best` (B, N, T) is true for a token's best."""
-        f = sum_over_ranks((best & real[..., None]).sum((0, 1)).to(log_a.dtype))
-        tokens = f.sum()
-        P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
-        return len(f) * (f / tokens * P).sum() / len(self.slots)
+    def choose(self, t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
+        """The K layers that join slot t: (1, K), for the whole batch, or (B, K).
 
-    def choose(self, t: int, log_a: Tensor, best: Tensor, ctx: Context) -> Tensor:
-        """The K layers that join slot t: (1, K) for the batch, or (B, K) for each sequence.
-
-        Batch aggregation (appendix B.1): "mean" takes the layers of highest mean affinity; in
-        "mode" every token votes for its best layer, ties go to the higher mean affinity; then to
-        the lower index. Only prompt tokens vote, and a decision that the cache holds stands.
+        Every token of the prompt votes for its favourite layer, and VOTES says how votes and mean
+        affinities decide (appendix B.1). A decision in the cache stands.
         """
         if ctx.cache is not None and t in ctx.cache.route:
             return ctx.cache.route[t]
         voter = ctx.prompt[..., None]
-        # in float64, where the order of summation (padding, ranks) does not turn a vote
-        sums = [(x * voter).sum(1, dtype=torch.float64) for x in (best, log_a.detach().exp())]
-        tally = torch.stack(sums)  # (2, B, T): votes and affinities
+        # in float64, so that the order of summation (padding, processes) does not turn a vote
+        votes = (favourite * voter).sum(1, dtype=torch.float64)  # (B, T)
+        affinity = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
         if self.config.route == "batch":
-            tally = tally.sum(1, keepdim=True)
+            votes, affinity = votes.sum(0, keepdim=True), affinity.sum(0, keepdim=True)
             if self.training:
-                tally = sum_over_ranks(tally)
-        votes, affinity = tally
-        order = affinity.argsort(descending=True, stable=True)  # stable: the lower index first
-        if self.config.vote == "mode":
-            by_votes = votes.gather(1, order).argsort(descending=True, stable=True)
-            order = order.gather(1, by_votes)
-        picks = order[:, : self.config.top_k]
-        self.made.append((picks, affinity / votes.sum(-1, keepdim=True).clamp(min=1)))
+                votes, affinity = sum_over_processes(torch.stack([votes, affinity]))
+        picks = VOTES[self.config.vote](votes, affinity)[:, : self.config.top_k]
+        self.routes.add(picks, affinity / votes.sum(-1, keepdim=True).clamp(min=1))
         if ctx.cache is not None:
             ctx.cache.route[t] = picks
         return picks
 
-    @torch.no_grad()
-    def record(self, B: int) -> None:
-        """Note what the slots of this pass have chosen, in `counts` and, for `summary`, in `sums`:
-        on the device and all at once, so that training hardly feels it."""
-        picks, affinity = map(torch.stack, zip(*self.made, strict=True))  # (slots, 1 or B, K or T)
-        each = (picks[..., None] == self.numbers).sum((1, 2))
-        self.counts.index_add_(0, self.index, each * (B // picks.shape[1]))
-        if not self.training or self.config.route != "batch":
-            return
-        pick, mean = picks[:, 0], affinity.gather(-1, picks).mean((1, 2))
-        changed = ((pick != self.last) & (self.last >= 0)).any(1)
-        own = (pick == self.index[:, None]).any(1)
-        found = torch.stack([torch.ones_like(mean), changed, own, mean]).sum(1)
-        self.sums += torch.cat([found, torch.stack([found[0] / len(pick), self.load_balance])])
-        self.last.copy_(pick)
-
     def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
-        """w_nj of the chosen layers, (B, N, K). Two readings of the paper:
-
-        renormalised (Eq. 4, softmax after TopK): a_nj over the sum of the chosen a_n. For K = 1
-            that is 1, whatever the gate says, and the task could not teach it; so the gradient
-            passes straight through to a_nj, as if w were it.
-        prob (appendix B, read as in the Switch Transformer): a_nj itself. The task teaches the
-            gate, and the second update is the smaller the less sure the gate is.
-        """
+        """w_nj of the chosen layers, (B, N, K); WEIGHTS has two readings of the paper."""
         kept = log_a.gather(-1, picks[:, None].expand(*log_a.shape[:2], -1))
-        if self.config.gate_weight == "prob":
-            return kept.exp()
-        w = kept.softmax(-1)
-        return w + (kept.exp() - kept.exp().detach()) if self.config.top_k == 1 else w
+        return WEIGHTS[self.config.gate_weight](kept)
+
+    def balance(self, log_a: Tensor, favourite: Tensor, real: Tensor) -> Tensor:
+        """The load-balance loss of one slot (Fedus et al., 2022): T sum_j f_j P_j over real tokens,
+        where f_j is the share of tokens whose favourite is j and P_j the mean affinity for j. It is
+        1 where all layers fare alike. (A sigmoid's affinities are first made to add up to 1.)"""
+        f = sum_over_processes((favourite * real[..., None]).sum((0, 1)).to(log_a.dtype))
+        tokens = f.sum()
+        P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
+        return len(f) * (f / tokens * P).sum()
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """In data parallel training N processes decide what one with the whole batch would."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
-    """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model, returns
-    it. The gate, and alpha if learned, are new and trainable; nothing else changes."""
+    """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model and
+    returns it. Only the gate and a learned alpha are new; they are trainable."""
     molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
     model.layers = molex.to(model.device)
     return model.train(model.training)
@@ -341,19 +290,19 @@ if __name__ == "__main__":
     from data import Tokenizer
     from lora import add_lora
     from model import load
-    from support.files import locate
 
     torch.manual_seed(0)  # a gate that has learned nothing yet
     model = add_lora(load("nano/gpt2"), r=4, alpha=32).eval()
-    tokenizer = Tokenizer.from_folder(locate("nano/gpt2"), model.config)
+    tokenizer = Tokenizer.load("nano/gpt2", model.config)
     ids = torch.tensor([tokenizer.encode("name : Blue Spice | Type : pub | area : riverside")])
     plain = model(ids)
     molex = upcycle(model, MoLExConfig(alpha=1.0)).layers
     print("with alpha = 1 it is the LoRA model:", torch.equal(model(ids), plain))
 
-    def show(t: int, log_a: Tensor, best: Tensor, ctx: Context) -> Tensor:
-        picks = MoLEx.choose(molex, t, log_a, best, ctx)
-        votes, a = best.sum((0, 1)).tolist(), log_a.exp()[..., picks[0]].mean().item()
+    def show(t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
+        picks = MoLEx.choose(molex, t, log_a, favourite, ctx)
+        votes = favourite.sum((0, 1)).tolist()
+        a = log_a.exp()[..., picks[0]].mean().item()
         print(f"slot {t}: votes {votes}, so layer {picks.item()} joins; mean affinity {a:.2f}")
         return picks
 

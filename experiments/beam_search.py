@@ -28,6 +28,7 @@ Measured on the CPU, LoRA code's minus ours, with 10 beams, length penalty 0.9, 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,14 +45,14 @@ SMALL = "--no-molex --epochs 1"
 
 def compare(folder: Path, limit: int | None, device: torch.device) -> None:
     """Decode a run's test set with both and print the table."""
-    model, tokenizer, config = load_run(folder, device)
-    if config["task"] != "e2e":
-        raise InputError(f"{folder} is a run on {config['task']}; give runs on e2e")
+    model, tokenizer, s = load_run(folder, device)
+    if s.task != "e2e":
+        raise InputError(f"{folder} is a run on {s.task}; give runs on e2e")
     merge(model)
-    limits = [n for n in (limit, config["test_limit"]) if n]
-    config |= dict(eval_batch=1, test_limit=min(limits, default=None))
+    limits = [n for n in (limit, s.test_limit) if n]
+    s = replace(s, eval_batch=1, test_limit=min(limits, default=None))
     (_, ours, references), (_, theirs, _) = (
-        decode_test(model, tokenizer, config | dict(beam_rule=rule))
+        decode_test(model, tokenizer, replace(s, beam_rule=rule))
         for rule in ("transformers", "lora")
     )
     differ, n = sum(a != b for a, b in zip(ours, theirs, strict=True)), len(ours)

@@ -23,7 +23,7 @@ from data import GLUE, Example, collate, read_e2e, read_glue
 from eval import by_length, load_model, read_run
 from experiments.controls import Arm, give, neighbour
 from model import Transformer
-from molex import MoLExConfig, upcycle
+from molex import upcycle
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, fill, write_atomic
 
@@ -71,10 +71,10 @@ def main() -> None:
     gates = {}
     for folder in args.runs:
         config, tensors = read_run(folder)
-        if config["model"] != args.model or not config["molex"]:
+        if config.model != args.model or not config.molex:
             raise InputError(f"{folder} is no run of {args.model} with MoLEx")
         gate = {n: w for n, w in tensors.items() if n.startswith(GATE)}
-        gates["/".join(folder.parts[-2:])] = MoLExConfig(**config["molex"]), gate
+        gates["/".join(folder.parts[-2:])] = config.molex, gate
     model, tokenizer = load_model(args.model, pick_device())
     if model.config.family == "roberta":
         raise InputError(f"{args.model} is an encoder; take a decoder such as gpt2-medium")

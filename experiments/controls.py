@@ -78,13 +78,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data import GLUE, Example, Tokenizer
-from eval import bleu, decode_test, dev_scores, load_run, read_log, read_run
+from data import GLUE, TASKS, Example, Tokenizer
+from eval import bleu, decode_test, dev_scores, load_run, read_run
 from lora import merge, trained_tensors
 from model import Transformer
 from molex import MoLEx
 from support.cli import Parser, command_line, pick_device
 from support.files import NUMBER, InputError, fill, locked, read_json, write_atomic, write_text
+from support.runs import RunFolder, other_settings
+from support.tables import interval, spread
 
 Pick = Callable[[int], int]  # slot -> the layer that joins it
 
@@ -158,7 +160,8 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
     arm, folder = ARMS[name], out / name / f"s{s.seed}"
     if (folder / "config.json").exists():
-        if other := train.differences(read_json(folder / "config.json"), s.as_json()):
+        where = folder / "config.json"
+        if other := other_settings(read_json(where), s, where):
             what = f"{folder} is of a run with another {', '.join(other)}"
             raise InputError(f"{what}; take another --out, or remove it")
     if (folder / "controls.json").exists():
@@ -179,7 +182,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
             fill(ours, theirs, f"{other} does not fit {first}: it")
         found = score(give(model, arm, s.seed), tokenizer, dev, s) | dict(seconds=None)
         if not arm.of:
-            last = read_log(folder, s.task)[-1]
+            last = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
             found["seconds"] = last["step"] * last["seconds_per_step"]
         write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
 
@@ -188,16 +191,14 @@ def score(
     model: Transformer, tokenizer: Tokenizer, dev: dict[str, list[Example]], s: train.Settings
 ) -> dict[str, float]:
     """The metrics; alpha; how often, in %, a slot was given its own layer on the dev set."""
-    found, layers = (
-        dev_scores(model, s.task, dev, s.eval_batch) | dict(alpha=1.0, own=100.0),
-        model.layers,
-    )
+    found = dev_scores(model, s.task, dev, s.eval_batch) | dict(alpha=1.0, own=100.0)
+    layers = model.layers
     if isinstance(layers, MoLEx):
         found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
-        found["own"] = 100 * (layers.counts.trace() / layers.counts.sum()).item()
+        found["own"] = 100 * (layers.routes.counts.trace() / layers.routes.counts.sum()).item()
     if s.task == "e2e":
         merge(model)
-        found["bleu"] = bleu(*decode_test(model, tokenizer, asdict(s))[1:])
+        found["bleu"] = bleu(*decode_test(model, tokenizer, s)[1:])
     return found
 
 
@@ -218,8 +219,8 @@ def report(found: Scores, metrics: list[str]) -> None:
             decimals, (values, gains) = METRICS[m][2], column(found, name, m)
             cell = f"{mean(gains):+.{decimals}f}" if gains and name != "lora" else ""
             if cell and len(gains) > 1:
-                cell += f" ± {train.interval(gains):.{decimals}f}"
-            text += f"{train.spread(values, 1, decimals):>18}{cell:>18}"
+                cell += f" ± {interval(gains):.{decimals}f}"
+            text += f"{spread(values, 1, decimals):>18}{cell:>18}"
         timed = [seed for seed, r in runs.items() if r["seconds"] and seed in found["lora"]]
         times = [runs[seed]["seconds"] / found["lora"][seed]["seconds"] for seed in timed]
         text += f"{mean(times):7.2f}" if times else f"{'':7}"
@@ -241,7 +242,7 @@ def plot(found: Scores, metrics: list[str], path: Path) -> None:
     for panel, m in zip(axes.flat, metrics, strict=True):
         columns = [column(found, name, m) for name in arms]
         y = [mean(values) for values, _ in columns]
-        half = [train.interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
+        half = [interval(gains) if len(gains) > 1 else 0.0 for _, gains in columns]
         low, high = ([a + k * b for a, b in zip(y, half, strict=True)] for k in (-1, 1))
         how = dict(color="tab:blue", alpha=0.2, linewidth=0)
         panel.fill_between(x, low, high, label="95% of the difference to LoRA", **how)

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
-from eval import plot_routes, read_settings
+from eval import read_run
 from experiments.small import finished_runs, runs_parser
+from support import settings
 from support.cli import command_line
 from support.files import InputError, check, parse_json, read_text
+from support.pictures import plot_routes
 
-PAPER = train.PAPER["figure2"]
+PAPER = settings.PAPER["figure2"]
 SMALL = [f"--model nano/roberta --epochs 1 --task {task}" for task in ("cola", "mrpc")]
 
 
@@ -49,7 +50,7 @@ def read_routes(folder: Path) -> tuple[str, Tensor]:
         raise InputError(f"{path} is no table of slots and layers")
     for t, row in enumerate(rows):
         check(dict(enumerate(row)), numbers, f"{path}, slot {t}, layer")
-    return read_settings(folder)["task"], torch.tensor(rows, dtype=torch.float32)
+    return read_run(folder)[0].task, torch.tensor(rows, dtype=torch.float32)
 
 
 def thirds(shares: Tensor) -> tuple[list[float], float]:

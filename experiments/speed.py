@@ -94,11 +94,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
 from eval import beam_search
 from lora import add_lora, load_lora, loras, merge, save_lora
-from model import Config, Transformer, checkpoint_folder, load, read_config
+from model import Config, Transformer, load
 from molex import MoLExConfig, upcycle
+from support.checkpoints import checkpoint_folder
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, write_text
-from train import GraphedStep, Settings, make_optimizer, train_step
+from support.settings import Settings
+from train import graphed_step, make_optimizer, train_step
 
 SHAPES = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))  # random weights
 Work = tuple[list[list[Example]], list[list[int]]]  # batches of training; prompts
@@ -151,7 +153,7 @@ class Ours:
             train_step(self.model, optimizer, examples, self.settings)
             return
         if self.graphed is None or self.graphed.optimizer is not optimizer:
-            self.graphed = GraphedStep(self.model, optimizer, self.settings)
+            self.graphed = graphed_step(self.model, optimizer, self.settings)
         self.graphed(examples)
 
     @torch.no_grad()
@@ -319,7 +321,7 @@ def contenders(
 
 def texts(folder: Path, data: str, batches: int, size: int, prompts: int) -> Work:
     """Training batches and prompts of E2E, in a fixed random order."""
-    tokenizer = Tokenizer.from_folder(folder, read_config(folder))
+    tokenizer = Tokenizer.load(folder, Config.load(folder))
     dice = random.Random(SEED)
     pairs = [(e2e_prompt(mr), text) for mr, text in read_e2e(data, "train")]
     examples = encode_pairs(tokenizer, dice.choices(pairs, k=batches * size), 512)
@@ -638,7 +640,7 @@ def main() -> None:
             folder = random_checkpoint(shape, Path(temporary)) if shape else checkpoint_folder(name)
             size, fit = (args.batch, args.prompts), []
             if shape or head_of(folder) == LABELS:
-                batches, prompts = random_texts(read_config(folder), args.rounds, *size)
+                batches, prompts = random_texts(Config.load(folder), args.rounds, *size)
             else:
                 batches, prompts = texts(folder, args.data, args.rounds + args.fit, *size)
                 batches, fit = batches[: args.rounds], batches[args.rounds :]

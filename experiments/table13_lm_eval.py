@@ -40,12 +40,12 @@ from datasets import Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 from data import Example, collate, group_references, read_e2e
 from eval import beam_search, load_model
 from lora import merge
 from model import ClassificationHead
 from molex import MoLEx
+from support import settings
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, reason
 
@@ -61,7 +61,7 @@ except ModuleNotFoundError as error:  # main says so; --help works
 else:
     MISSING = None
 
-PAPER = train.PAPER["table13"]
+PAPER = settings.PAPER["table13"]
 
 
 class HarnessModel(TemplateLM):

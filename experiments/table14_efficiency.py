@@ -42,17 +42,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 from lora import add_lora
 from model import Config, Context, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
+from support import settings
+from support.checkpoints import our_config
 from support.cli import Parser, at_least, command_line, pick_device
 
 LLAMA = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))["Llama-3.2-1B"]
 LORA = dict(r=8, alpha=32)
 ALPACA = 52_002  # examples in tatsu-lab/alpaca
 HEADER = ["parameters", "trainable", "%", "MB", "FLOP/sample", "s/sample", "FLOP/s", "min/epoch"]
-PAPER = train.PAPER["table14"]
+PAPER = settings.PAPER["table14"]
 
 
 class FixedRoute(MoLEx):
@@ -153,7 +154,7 @@ def main() -> None:
     device, model = pick_device(), load(args.model)
     config, T = model.config, model.config.n_layer
     lora = count(config, args.tokens, None)  # first: it says so if there are too many tokens
-    llama = Config.from_hf(LLAMA)
+    llama = Config(**our_config(LLAMA))
     ours = {"LoRA": row(*count(llama, 4096, None)), "MoLEx, paper": PAPER["MoLEx"]}
     title = "Llama-3.2-1B, samples of 4,096 tokens, counted on the meta device"
     print_table(title, {"LoRA, paper": PAPER["LoRA"], **ours, **bounds(llama, 4096)})
@@ -164,7 +165,7 @@ def main() -> None:
     ids = torch.randint(config.vocab_size, (args.batch, args.tokens)).to(device)
     seconds, peak = measure(model, {"LoRA": plain, "MoLEx": molex}, ids, args.rounds)
     each = {name: statistics.median(s) / args.batch for name, s in seconds.items()}
-    route = molex.counts.argmax(1).tolist()  # the same ids in all rounds, so the same choice
+    route = molex.routes.counts.argmax(1).tolist()  # the same ids in all rounds, so the same choice
     chosen, others = count(config, args.tokens, route), sum(j != t for t, j in enumerate(route))
     rows = {
         "LoRA": row(*lora, each["LoRA"], peak["LoRA"]),

@@ -28,7 +28,6 @@ Where the paper is silent:
   RoBERTa-large). Ours is over the runs given.
 """
 
-import json
 import random
 import statistics
 import sys
@@ -42,17 +41,18 @@ sys.path[:0] = [str(HERE), str(HERE / "nano")]
 from make_e2e import random_mr, shuffled
 from make_glue import alter, realise_pair
 
-import train
 from data import GLUE, encode_glue, read_glue
-from eval import classify, load_run
+from eval import classify, load_run, read_run
 from experiments.small import finished_runs, runs_parser
+from support import settings
 from support.cli import command_line, pick_device
 from support.files import InputError
+from support.tables import spread
 
 YES = {"qnli": 0, "rte": 0, "mrpc": 1, "qqp": 1}  # the class that means yes
 PAPER = {  # trained on, evaluated on: LoRA, MoLEx
     (source, target): cells
-    for source, row in train.PAPER["table3"].items()
+    for source, row in settings.PAPER["table3"].items()
     for target, cells in row.items()
 }
 SMALL = "--model nano/roberta --task mrpc --compare --epochs 2"
@@ -78,17 +78,17 @@ def transfer(
     """Target -> a run's accuracy on its dev set, and the best accuracy of one answer for all. The
     run's own task comes first; the others are read from `data`, None: from where its own is."""
     model, tokenizer, config = load_run(folder, device)
-    own = config["task"]
+    own = config.task
     if own not in YES:
         known = ", ".join(YES)
         raise InputError(
             f"{folder} is a run on {own}, whose labels mean something else than {known}'s"
         )
     model.cast_frozen()
-    limit, found = min(config["max_length"], model.config.max_positions), {}
+    limit, found = min(config.max_length, model.config.max_positions), {}
     for task in dict.fromkeys([own, *targets]):
-        rows = read_glue(config["data"] if task == own else data or config["data"], task, "dev")
-        answers = classify(model, encode_glue(tokenizer, rows, limit), config["eval_batch"])
+        rows = read_glue(config.data if task == own else data or config.data, task, "dev")
+        answers = classify(model, encode_glue(tokenizer, rows, limit), config.eval_batch)
         labels = [label == YES[task] for _, label in rows]
         right = [(a == YES[own]) == label for a, label in zip(answers, labels, strict=True)]
         most = Counter(labels).most_common(1)[0][1]
@@ -112,7 +112,7 @@ def main() -> None:
     scores, methods = defaultdict(lambda: defaultdict(list)), []
     for folder in folders:
         found = transfer(folder, targets, data, pick_device(args.device))
-        s = train.Settings(**json.loads((folder / "config.json").read_text()))
+        s = read_run(folder)[0]
         methods += [s.method] * (s.method not in methods)
         for task, (accuracy, base) in found.items():
             scores[s.task, task]["one answer"] = [base]
@@ -122,7 +122,7 @@ def main() -> None:
     print("\n" + "".join(heads) + f"{'paper: LoRA':>14}{'paper: MoLEx':>14}")
     for source, target in dict.fromkeys([*scores, *PAPER]):
         pair = scores[source, target]
-        cells = [train.spread(pair[c], 100, 1) if pair[c] else "-" for c in columns]
+        cells = [spread(pair[c], 100, 1) if pair[c] else "-" for c in columns]
         text = f"{GLUE[source].folder:12}{GLUE[target].folder:10}"
         text += "".join(f"{cell:>16}" for cell in cells)
         print(text + "".join(f"{cell:>14}" for cell in PAPER.get((source, target), ())))

@@ -37,15 +37,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 from data import GLUE, Example, encode_glue, read_glue
 from eval import accuracy, classify, load_run, read_run
 from experiments.small import finished_runs, runs_parser
 from model import Transformer
+from support import settings
 from support.cli import at_least, command_line, pick_device
 from support.files import InputError, write_atomic
+from support.tables import spread
 
-PAPER = train.PAPER["table4"]
+PAPER = settings.PAPER["table4"]
 SMALL = "--model nano/roberta --task cola --compare --epochs 2"
 BATCHES = ("model", "data", "max_length", "eval_batch")  # what the evaluation's batches depend on
 
@@ -73,12 +74,12 @@ def robustness(folder: Path, sizes: list[float], seeds: int, device: torch.devic
     """A run's accuracies under noise: for each size, one for each seed."""
     model, tokenizer, config = load_run(folder, device)
     model.cast_frozen()
-    task, limit = config["task"], min(config["max_length"], model.config.max_positions)
-    rows = [read_glue(config["data"], task, split) for split in GLUE[task].dev]
+    task, limit = config.task, min(config.max_length, model.config.max_positions)
+    rows = [read_glue(config.data, task, split) for split in GLUE[task].dev]
     dev = [encode_glue(tokenizer, split, limit) for split in rows]
     found = defaultdict(list)
     for size, seed in tqdm([(a, b) for a in sizes for b in range(seeds)], folder.name, leave=False):
-        found[size].append(noisy_accuracy(model, dev, config["eval_batch"], size, seed))
+        found[size].append(noisy_accuracy(model, dev, config.eval_batch, size, seed))
     return found
 
 
@@ -86,7 +87,7 @@ def print_table(task: str, methods: dict[str, Scores]) -> None:
     """A line for each size, a column for each method; the paper's below."""
     print(f"\n{GLUE[task].folder + ' accuracy, %':24}" + "".join(f"{m:>16}" for m in methods))
     for size in next(iter(methods.values())):
-        cells = [train.spread(scores[size], 100, 1) for scores in methods.values()]
+        cells = [spread(scores[size], 100, 1) for scores in methods.values()]
         print(f"noise {size:<18g}" + "".join(f"{cell:>16}" for cell in cells))
     if task in PAPER:
         cells = [PAPER[task].get(method, "") for method in methods]
@@ -128,18 +129,18 @@ def main() -> None:
     device, first = pick_device(args.device), {}
     configs = {folder: read_run(folder)[0] for folder in finished_runs(args, SMALL)}
     for folder, config in configs.items():
-        task = config["task"]
+        task = config.task
         if task not in GLUE or not GLUE[task].labels:
             raise InputError(f"{folder} is a run on {task}, which has no accuracy")
         like = first.setdefault(task, config)
-        if other := [name for name in BATCHES if config[name] != like[name]]:
+        if other := [name for name in BATCHES if getattr(config, name) != getattr(like, name)]:
             what = f"{folder} has another {', '.join(other)} than the run on {task} before it"
             raise InputError(f"{what}, so the noise would differ; give it alone")
 
     results: dict[str, dict[str, Scores]] = {}
     for folder, config in configs.items():
-        method = train.Settings(**config).method
-        scores = results.setdefault(config["task"], {}).setdefault(method, defaultdict(list))
+        method = config.method
+        scores = results.setdefault(config.task, {}).setdefault(method, defaultdict(list))
         for size, found in robustness(folder, sorted(args.sizes), args.noise_seeds, device).items():
             scores[size] += found
     for task in dict.fromkeys([*results, *PAPER]):

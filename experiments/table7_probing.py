@@ -39,7 +39,7 @@ from experiments.table7_tasks import FILES, read_senteval, write_tasks
 from model import Transformer
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError
-from train import PAPER
+from support.settings import PAPER
 
 GRID = [(hidden, dropout) for hidden in (50, 100, 200) for dropout in (0.0, 0.1, 0.2)]  # app. C.2
 

@@ -29,12 +29,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE
-from eval import accuracy, read_scores
+from eval import accuracy
+from support import settings
 from support.cli import Parser, command_line, pick_device
+from support.runs import RunFolder
+from support.tables import spread
 
 PAPER = {  # K -> (task, metric) -> what the paper has
     int(k): {(task, GLUE[task].metric): cell for task, cell in row.items()}
-    for k, row in train.PAPER["table8"].items()
+    for k, row in settings.PAPER["table8"].items()
 }
 SMALL = ["--model", "nano/roberta", "--data", "nano/glue", "--epochs", "2"]
 
@@ -42,7 +45,7 @@ SMALL = ["--model", "nano/roberta", "--data", "nano/glue", "--epochs", "2"]
 def scores(folder: Path, task: str) -> dict[str, float]:
     """The task's metric as the run reports it and, from its predictions, the accuracy."""
     metric = GLUE[task].metric
-    found = {metric: read_scores(folder, task)[metric]}
+    found = {metric: RunFolder(folder).read_scores([metric])[metric]}
     with (folder / "predictions.tsv").open(encoding="utf-8", newline="") as file:
         rows = [*csv.DictReader(file, delimiter="\t")]
     return found | {
@@ -77,9 +80,7 @@ def main() -> None:
     columns = [*table[1]]
     print("\n" + " " * 16 + "".join(f"{GLUE[t].folder + ' ' + m:>18}" for t, m in columns))
     for k, found in table.items():
-        print(
-            f"{f'top-{k}':16}" + "".join(f"{train.spread(found[c], 100, 1):>18}" for c in columns)
-        )
+        print(f"{f'top-{k}':16}" + "".join(f"{spread(found[c], 100, 1):>18}" for c in columns))
     for k, cells in PAPER.items():
         print(f"{f'paper, top-{k}':16}" + "".join(f"{cells.get(c, '-'):>18}" for c in columns))
 

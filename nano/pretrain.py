@@ -31,12 +31,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import models, pre_tokenizers, trainers
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer
-from model import Config, Transformer, convert, read_config, read_weights
+from model import Config, Transformer, norm
 from nano.make_e2e import UNSEEN_NAMES, format_mr, make_splits, random_mr, realise
+from support.checkpoints import convert, our_config, read_config, read_weights
 from support.cli import command_line
 from support.files import InputError
 
@@ -108,6 +110,22 @@ def pack(tokenizer: Tokenizer, texts: list[str], config: Config, length: int) ->
     size = length - 1 if encoder else length + 1
     blocks = torch.from_numpy(ids[: len(ids) // size * size]).view(-1, size)
     return F.pad(blocks, (1, 0), value=config.bos) if encoder else blocks
+
+
+class MaskedLM(Transformer):
+    """RoBERTa with its head for masked tokens, whose last projection is the token embedding plus a
+    bias."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, head="none")
+        D = config.d_model
+        self.head = nn.ModuleDict({"dense": nn.Linear(D, D), "norm": norm(config)})
+        self.head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def logits(self, h: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (..., D) -> (..., vocabulary)."""
+        h = self.head["norm"](F.gelu(self.head["dense"](h)))
+        return F.linear(h, self.embed.weight, self.head.bias)
 
 
 def init_weights(model: Transformer) -> None:
@@ -224,17 +242,17 @@ def main() -> None:
     torch.manual_seed(0)
     out = args.out or Path("nano") / args.family
     hf = hf_config(args.family, args)
-    config = Config.from_hf(hf)
+    config = Config(**our_config(hf))
 
     texts = documents(args.text) + restaurant_guide(args.guide)
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         train_tokenizer(texts, args.vocab, SPECIAL[args.family], out)
-    blocks = pack(Tokenizer.from_folder(out, config), texts, config, args.length)
+    blocks = pack(Tokenizer.load(out, config), texts, config, args.length)
     held_out = torch.arange(len(blocks)) % 50 == 0  # 2%, spread over all sources
     train, valid = blocks[~held_out], blocks[held_out]
 
-    model = Transformer(config)
+    model = Transformer(config) if config.causal else MaskedLM(config)
     init_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True

@@ -5,6 +5,7 @@ file whole or not at all. A folder in use is locked. Whatever a user can put rig
 which `cli.command_line` prints in one line, with exit code 2.
 """
 
+import csv
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import re
 import reprlib
 import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -108,10 +109,10 @@ def read_tensors(path: Path, forms: dict[str, tuple] | None = None) -> dict:
 
 def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: object) -> None:
     """Raise InputError, naming tensors, unless `have` has the names and shapes of `wanted` and its
-    values are floating-point numbers, none of them NaN or infinite."""
+    values are floating-point numbers (or of the type wanted), none of them NaN or infinite."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     both = [(n, w, wanted[n].shape) for n, w in have.items() if n in wanted]
-    plain = [(n, w) for n, w, _ in both if w.dtype in floats]
+    plain = [(n, w) for n, w, _ in both if w.dtype in (*floats, wanted[n].dtype)]
     for what, names in {
         "lacks": wanted.keys() - have.keys(),
         "has unknown": have.keys() - wanted.keys(),
@@ -122,6 +123,66 @@ def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: obj
         if names:
             first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
+
+
+csv.field_size_limit(2**31 - 1)  # or csv itself fails at a quotation mark that nothing closes
+
+
+def read_lines(path: Path) -> list[str]:
+    """Its lines, stripped."""
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+
+
+def read_table(
+    path: Path,
+    columns: Iterable[str],
+    delimiter: str = ",",
+    header: tuple[str, ...] = (),
+    ragged: bool = False,
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a table, each as ("FILE, line N", {column: value}). Raises InputError if one of
+    `columns` or a value is missing, or if there are no rows.
+
+    delimiter: in a table with commas a value may be quoted; in any other a quotation mark is text.
+    header: the columns, if the file does not name them.
+    ragged: rows with too few values are left out, which is said.
+    """
+    if delimiter == ",":
+        reader = csv.reader(line + "\n" for line in read_lines(path))
+        rows = ((reader.line_num, row) for row in reader if row)  # a row may go over several lines
+    else:
+        lines = read_text(path).rstrip("\n").split("\n")
+        rows = enumerate((line.split(delimiter) for line in lines), start=1)
+    names = header or next(rows)[1]
+    if absent := set(columns) - set(names):
+        raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+    count = broken = 0
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        if len(row) > len(names) and delimiter != "\t":
+            raise InputError(f"{where}: more values than columns; quote values that hold a comma")
+        if len(row) < len(names):
+            if not ragged:
+                raise InputError(f"{where}: {len(row)} columns, not {len(names)}")
+            broken += 1
+            continue
+        count += 1
+        yield where, dict(zip(names, row, strict=False))
+    if broken:
+        print(f"{path}: left out {broken} rows with too few columns")
+    if not count:
+        raise InputError(f"{path} holds no examples")
+
+
+def from_hub(what: str, data: str, *args: str, **kwargs: str):
+    """`datasets.load_dataset`; an InputError says what is not to be had, and what --data takes."""
+    from datasets import load_dataset  # slow to import
+
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:  # offline, moved, ...: many kinds, one thing to tell the user
+        way = f"get the official files by other means and pass --data {data}"
+        raise InputError(f"{what} cannot be fetched ({reason(error)}); {way}") from error
 
 
 @torch.no_grad()
@@ -190,3 +251,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
+    write_text(path, json.dumps(value, indent=indent) + "\n")

@@ -29,7 +29,11 @@ from transformers import (
 )
 
 import train
+from model import Config, Transformer, load
+from nano.pretrain import MaskedLM
+from support.checkpoints import FAMILIES, read_checkpoint
 from support.cli import command_line
+from support.files import fill
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 97
@@ -95,6 +99,24 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     return save
 
 
+def family_flags(family: str, pad: int = 1) -> dict:
+    """What tells the family apart, as fields of Config."""
+    flags = dict(FAMILIES[family]["flags"])
+    if flags["first_position"] == "after pad":
+        flags["first_position"] = pad + 1
+    return flags
+
+
+def load_lm(name: str | Path, head: str | int = "lm") -> Transformer:
+    """`load`, but for RoBERTa with the head for masked tokens that only nano/pretrain.py needs."""
+    config = Config.load(name)
+    if config.causal or head != "lm":
+        return load(name, head)
+    model = MaskedLM(config)
+    fill(model.state_dict(), read_checkpoint(name)[1], name)
+    return model.eval()
+
+
 def call(script: ModuleType, *flags: object) -> None:
     """A script's main with these flags, in this process."""
     with mock.patch.object(sys, "argv", [Path(script.__file__).name, *map(str, flags)]):
@@ -111,7 +133,7 @@ def printed_by(script: ModuleType, *flags: object) -> list[str]:
 
 def run_main(*flags: object) -> None:
     """train.py with flags that may be several in one string; without pictures of routes."""
-    with mock.patch("eval.plot_routes"):
+    with mock.patch("support.runs.plot_routes"):
         call(train, *" ".join(map(str, flags)).split())
 
 

@@ -28,13 +28,16 @@ from tokenizers.processors import Sequence as Processors
 
 import eval as evaluation
 import train
-from data import Example, Tokenizer, alpaca_prompt, collate, encode_pairs, read_alpaca
+from data import TASKS, Example, Tokenizer, alpaca_prompt, collate, encode_pairs, read_alpaca
 from eval import load_run
 from lora import add_lora, trained_tensors
-from model import Config, Transformer, load, read_config
+from model import Config, Transformer, load
 from molex import MoLExConfig, upcycle
+from support.checkpoints import our_config
 from support.files import InputError
-from train import Settings, parse, prepare, report
+from support.settings import Settings
+from support.tables import report
+from train import parse, prepare
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -280,7 +283,7 @@ def llama3(tmp_path_factory) -> tuple[Path, Reference]:
 
 def test_the_ids_of_llama_3(llama3):
     folder, theirs = llama3
-    ours = Tokenizer.from_folder(folder, read_config(folder))
+    ours = Tokenizer.load(folder, Config.load(folder))
     bos, eos = theirs.token_to_id(BOS), theirs.token_to_id(EOS)
     assert ours.start == [ours.bos] == [bos] and ours.eos == eos
     theirs.encode_special_tokens = True  # text is data
@@ -311,14 +314,14 @@ def test_what_starts_a_text(tmp_path, processor: PostProcessor | None, start):
     if processor:
         bpe.post_processor = processor
     bpe.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_folder(tmp_path, read_config(ROOT / "nano/gpt2"))
+    ours = Tokenizer.load(tmp_path, Config.load(ROOT / "nano/gpt2"))
     ids = bpe.encode("a").ids
     assert ours.start == start == ids[: ids.index(2)]
 
 
 def test_nothing_starts_a_text_of_gpt2_and_smollm2(smollm2):
     for folder in (ROOT / "nano/gpt2", smollm2):
-        assert Tokenizer.from_folder(folder, read_config(folder)).start == []
+        assert Tokenizer.load(folder, Config.load(folder)).start == []
 
 
 # ----------------------------------------------------------------------------------------- examples
@@ -326,7 +329,7 @@ def test_nothing_starts_a_text_of_gpt2_and_smollm2(smollm2):
 
 def test_examples(llama3):
     folder, theirs = llama3
-    ours = Tokenizer.from_folder(folder, read_config(folder))
+    ours = Tokenizer.load(folder, Config.load(folder))
     (example,) = encode_pairs(ours, [(WITH_INPUT, f"bup {EOS}")], limit=500, task="alpaca")
     assert example.prompt == theirs.encode(WITH_INPUT).ids  # <|begin_of_text|> included
     assert example.answer == [*ours.encode(f"bup {EOS}"), ours.eos]
@@ -335,7 +338,7 @@ def test_examples(llama3):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(ROOT / "nano/gpt2", read_config(ROOT / "nano/gpt2"))
+    return Tokenizer.load(ROOT / "nano/gpt2", Config.load(ROOT / "nano/gpt2"))
 
 
 def test_examples_within_a_limit(tokenizer, capsys):
@@ -358,7 +361,7 @@ def test_examples_within_a_limit(tokenizer, capsys):
 
 def test_a_checkpoint_without_an_end_token(llama3):
     folder, _ = llama3
-    ours = Tokenizer.from_folder(folder, replace(read_config(folder), eos=None))
+    ours = Tokenizer.load(folder, replace(Config.load(folder), eos=None))
     with pytest.raises(InputError, match="names no eos_token_id, which ends a text"):
         encode_pairs(ours, PAIRS, limit=500, task="alpaca")
 
@@ -460,7 +463,7 @@ def test_settings(hub):
 def test_what_is_trained_in_llama_3(hub):
     s = settings(LLAMA)
     with torch.device("meta"):
-        model = Transformer(Config.from_hf(CONFIG))
+        model = Transformer(Config(**our_config(CONFIG)))
     add_lora(model, s.lora_r, s.lora_alpha)
 
     def trainable() -> int:
@@ -490,7 +493,7 @@ def test_the_table_shows_what_the_paper_has(hub, tmp_path, capsys, model):
         (tmp_path / s.name).mkdir()
         scores = dict(trainable=1, seconds_per_step=1, train_ppl=train_ppl, dev_ppl=dev_ppl)
         (tmp_path / s.name / "scores.json").write_text(json.dumps(scores))
-    report(runs, tmp_path)
+    report(runs, tmp_path, TASKS)
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[2:] for line in lines if "perplexity" in line]
     table_12 = [["4.18", "4.05"], ["4.11", "4.02"]] if model == LLAMA else [[], []]
@@ -545,7 +548,7 @@ def test_perplexities(compared, file, tokenizer, molex):
         assert log[0]["train_loss"] == pytest.approx(base, rel=1e-5)
     # the LoRA on q and v of 8 layers of width 128, the gate
     assert scores["trainable"] == 8 * 2 * 8 * 2 * 128 + molex * (8 * 128 + 8)
-    assert config["molex"] is None or config["molex"]["layers"] is None
+    assert config.molex is None or config.molex.layers is None
 
 
 def test_samples(compared):
@@ -562,7 +565,7 @@ def test_samples(compared):
 
 def test_evaluating_again_gives_the_same(compared):
     before = json.loads((compared[True] / "scores.json").read_text())
-    with mock.patch.object(evaluation, "plot_routes"):
+    with mock.patch("support.runs.plot_routes"):
         assert evaluation.evaluate_run(compared[True], CPU) == before
 
 

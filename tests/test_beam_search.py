@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import call, printed_by
+from conftest import call, family_flags, printed_by
 from test_generate import random_prompts, repeats
 from test_molex import lora_model, molex_model
 
@@ -21,6 +21,7 @@ from eval import beam_search
 from experiments import beam_search as script
 from model import Config, Transformer
 from support.files import locate
+from support.settings import Settings
 
 # ------------------------------------------------------------ against a search in plain Python
 
@@ -78,7 +79,8 @@ def chain(**follows: dict[int, float]) -> Transformer:
         for token, value in line.items():
             p[last, token] = value
     config = Config(
-        family="llama", vocab_size=n, n_layer=1, n_head=1, n_kv_head=1, d_model=n, d_head=n + 1,
+        family="llama", **family_flags("llama"),
+        vocab_size=n, n_layer=1, n_head=1, n_kv_head=1, d_model=n, d_head=n + 1,
         d_ff=n, max_positions=64, norm_eps=0.0, activation="silu", tied=False, bias=False,
         rope=dict(rope_theta=100.0, rope_type="default"),
     )  # fmt: skip
@@ -179,7 +181,9 @@ def test_outputs_that_differ_are_counted_and_scored(small, monkeypatch):
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, failure, flags, message):
-    monkeypatch.setattr(script, "load_run", lambda *_: (None, None, {"task": "cola"}))
+    monkeypatch.setattr(
+        script, "load_run", lambda *_: (None, None, Settings("", "cola", None, 0, None))
+    )
     if "RUN" not in flags:
         monkeypatch.undo()
     assert re.fullmatch(f"error: {message}", failure(call, script, *flags))

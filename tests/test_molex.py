@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import family_flags
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -24,7 +25,7 @@ import train
 from data import Example
 from lora import add_lora, loras
 from model import Cache, Config, Context, Transformer, rope_angles
-from molex import CosineGate, LinearGate, MoLExConfig, upcycle
+from molex import CosineGate, MoLExConfig, upcycle
 from support.files import InputError
 
 FAMILIES = ("gpt2", "llama", "roberta")
@@ -42,7 +43,8 @@ def lora_model(family: str, T: int = 4, d_model: int = 16) -> Transformer:
     """A small random model of T layers with a LoRA that is no longer zero."""
     torch.manual_seed(0)
     config = Config(
-        family=family, vocab_size=VOCAB, n_layer=T, n_head=4, d_model=d_model,
+        family=family, **family_flags(family),
+        vocab_size=VOCAB, n_layer=T, n_head=4, d_model=d_model,
         n_kv_head=2 if family == "llama" else 4, d_head=d_model // 4, d_ff=2 * d_model,
         max_positions=256, norm_eps=1e-5, tied=True, bias=family != "llama",
         activation={"gpt2": "gelu_new", "roberta": "gelu", "llama": "silu"}[family],
@@ -62,7 +64,7 @@ def molex_model(family: str, T: int = 4, d_model: int = 16, **options) -> Transf
     model = upcycle(lora_model(family, T, d_model), MoLExConfig(proj_dim=5, **options))
     with torch.no_grad():
         for gate in model.layers.gates:
-            if isinstance(gate, LinearGate):
+            if isinstance(gate, nn.Linear):
                 gate.weight *= 5
             else:
                 gate.log_temperature += 0.2 * torch.randn(())
@@ -305,7 +307,7 @@ def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_
     sure = 3.0 if gate_weight == "renormalised" else 1e4  # the affinity itself has to be 1
     gate_to(model, [[sure * (j == t) for j in range(4)] for t in range(4)])
     assert_is_lora(model)
-    assert torch.equal(model.layers.counts, 3 * torch.eye(4).long())
+    assert torch.equal(model.layers.routes.counts, 3 * torch.eye(4).long())
     ids, mask, prompt = pad(SEQUENCES)
     expected = model(ids, mask, prompt)
     model.layers.config = replace(model.layers.config, on_device=True)  # there it runs twice
@@ -356,10 +358,10 @@ def test_padding_never_votes_nor_counts(family, route):
     with torch.no_grad():
         logits, balance, routes = run(model, SEQUENCES)
         for left, extra in itertools.product((True, False), range(1, 8)):
-            model.layers.counts.zero_()
+            model.layers.routes.counts.zero_()
             more, more_balance, more_routes = run(model, SEQUENCES, left, extra)
             assert more_routes == routes
-            assert model.layers.counts.sum() == 4 * 2 * 3  # slots, K, sequences
+            assert model.layers.routes.counts.sum() == 4 * 2 * 3  # slots, K, sequences
             assert more_balance.item() == pytest.approx(balance.item(), abs=1e-6)
             for x, y in zip(more, logits, strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
@@ -434,7 +436,7 @@ def test_a_layer_that_any_sequence_chose_runs_once_and_no_other(top_k):
     for t, picks in spy.routes.items():
         for j in sum(picks, []):
             counts[t, j] += 1
-    assert torch.equal(model.layers.counts, counts)
+    assert torch.equal(model.layers.routes.counts, counts)
     assert ((counts > 0) & (counts < len(SEQUENCES))).any()
     runs = {(t, j, len(SEQUENCES)) for t in range(4) for j in range(4) if counts[t, j] or t == j}
     assert sorted(spy.runs) == sorted(runs)
@@ -608,7 +610,8 @@ def test_upcycling_shares_layers_and_adds_the_gate_alone(gate, individual, layer
 def test_table_14s_parameters():
     """Llama-3.2-1B with LoRA r = 8, and 16 x 2048 + 16 more with MoLEx."""
     config = Config(
-        family="llama", vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, d_model=2048,
+        family="llama", **family_flags("llama"),
+        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, d_model=2048,
         d_head=64, d_ff=8192, max_positions=131072, norm_eps=1e-5, activation="silu", tied=True,
         bias=False, rope=dict(rope_theta=500000.0, rope_type="default"),
     )  # fmt: skip
@@ -631,17 +634,17 @@ def test_table_14s_parameters():
         (dict(gate="quadratic"), "gate is 'quadratic', not linear or cosine"),
         (dict(activation="tanh"), "activation is 'tanh', not softmax or sigmoid"),
         (dict(vote="median"), "vote is 'median', not mode or mean"),
-        (dict(gate_weight="one"), "gate_weight is 'one', not renormalised or prob"),
+        (dict(gate_weight="one"), "gate-weight is 'one', not renormalised or prob"),
         (dict(route="token"), "route is 'token', not batch or sequence"),
-        (dict(top_k=0), "top-k is 0, but the model has 4 layers"),
+        (dict(top_k=0), "top-k cannot be 0"),
         (dict(top_k=5), "top-k is 5, but the model has 4 layers"),
         (dict(layers=tuple(range(12))), "layers 0-11 are to mix, but the model has layers 0-3"),
         (dict(layers=(-1, 2)), "layers -1-2 are to mix"),
         (dict(layers=[0, 2.0]), "layers 0-2.0 are to mix"),
         (dict(layers=[0, True]), "layers 0-True are to mix"),
         (dict(alpha=1.01), "alpha is 1.01, not between 0 and 1"),
-        (dict(alpha=-0.1), "alpha is -0.1, not between 0 and 1"),
-        (dict(alpha=math.nan), "alpha is nan, not between 0 and 1"),
+        (dict(alpha=-0.1), "alpha cannot be -0.1"),
+        (dict(alpha=math.nan), "alpha cannot be nan"),
         (dict(alpha=1.0, learn_alpha=True), "alpha is 1.0, not between 0 and 1"),
         (dict(alpha=0.0, learn_alpha=True), "alpha is 0.0, not between 0 and 1"),
         (dict(on_device=True, route="sequence"), "on-device needs one choice for the batch"),
@@ -661,15 +664,15 @@ def test_the_summary_tells_what_the_gate_did_in_training():
         gate_to(model, biases)
         balances.append(run(model, SEQUENCES)[1].item())
     best = torch.tensor(first + second).softmax(-1).amax(-1)
-    found = model.layers.summary()
-    assert found["changed"] == 1 / 8 and found["own"] == 4 / 8 and found["alpha"] == 0.95
+    found = model.layers.routes.summary()
+    assert found["changed"] == 1 / 8 and found["own"] == 4 / 8 and model.layers.mean_alpha() == 0.95
     assert found["affinity"] == pytest.approx(best.mean().item())
     assert found["balance"] == pytest.approx(sum(balances) / 2)
     run(model.eval(), SEQUENCES)
-    assert model.layers.summary() == dict(changed=0, own=0, affinity=0, balance=0, alpha=0.95)
+    assert model.layers.routes.summary() == dict(changed=0, own=0, affinity=0, balance=0)
     gate_to(model.train(), first)
     run(model, SEQUENCES)
-    assert model.layers.summary()["changed"] == 1 / 4  # the last batch is remembered
+    assert model.layers.routes.summary()["changed"] == 1 / 4  # the last batch is remembered
 
 
 # ----------------------------------------------------------------------------------------- numerics
@@ -751,7 +754,7 @@ def train_step(family: str, options: dict, rows: slice) -> dict:
     return dict(
         routes=spy.routes,
         balance=balance.item(),
-        counts=model.layers.counts,
+        counts=model.layers.routes.counts,
         gradients={n: p.grad for n, p in trained(model).items()},
     )
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_lm
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, RobertaForMaskedLM, RobertaTokenizer
 
 from data import Tokenizer, encode_texts, read_e2e
-from model import Config, Transformer, load, read_config
+from model import Config, Transformer, load
 from nano.make_e2e import NAMES, UNSEEN_NAMES
 from nano.pretrain import SPECIAL, documents, language_loss, pack, restaurant_guide
+from support.checkpoints import our_config
 
 ROOT = Path(__file__).parents[1]
 THEIRS = {"gpt2": GPT2LMHeadModel, "roberta": RobertaForMaskedLM}
@@ -41,12 +43,12 @@ def test_the_committed_model_is_one_for_transformers(family):
     folder = ROOT / "nano" / family
     theirs = THEIRS[family].from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(5, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(load(folder)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(load_lm(folder)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_roberta_encodes_a_pair_as_transformers_does():
     folder = ROOT / "nano/roberta"
-    tokenizer = Tokenizer.from_folder(folder, read_config(folder))
+    tokenizer = Tokenizer.load(folder, Config.load(folder))
     theirs = RobertaTokenizer.from_pretrained(folder)
     pair = "Tansy is a Thai pub.", "It's by the river, near Café Solvang <mask>."
     ids = theirs(*pair, split_special_tokens=True)["input_ids"]
@@ -57,8 +59,8 @@ def test_roberta_encodes_a_pair_as_transformers_does():
 @both
 def test_the_committed_model_has_learned_english(family):
     """A sentence of its own kind is far likelier than the same words in another order."""
-    model = load(ROOT / "nano" / family)
-    tokenizer = Tokenizer.from_folder(ROOT / "nano" / family, model.config)
+    model = load_lm(ROOT / "nano" / family)
+    tokenizer = Tokenizer.load(ROOT / "nano" / family, model.config)
     rng, better = random.Random(0), 0
     sentences = [ref for _, ref in read_e2e("nano/e2e", "dev")[:40]]
     for sentence in sentences:
@@ -116,10 +118,10 @@ def test_pretraining_writes_what_transformers_reads(text, family):
     out = text / "out"
     done = pretrain(text, out, "--steps", "6", "--family", family)
     assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
-    theirs, ours = THEIRS[family].from_pretrained(out, dtype=torch.float32).eval(), load(str(out))
+    theirs, ours = THEIRS[family].from_pretrained(out, dtype=torch.float32).eval(), load_lm(out)
     ids = torch.randint(5, 300, (2, 16))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)
-    tokenizer = Tokenizer.from_folder(out, read_config(out))
+    tokenizer = Tokenizer.load(out, Config.load(out))
     special = SPECIAL[family]
     assert tokenizer.eos == {"gpt2": 0, "roberta": 2}[family]
     assert tokenizer.decode([*range(len(special))]) == ""
@@ -130,8 +132,8 @@ def test_pretraining_writes_what_transformers_reads(text, family):
 
 def test_blocks_of_roberta_are_made_like_its_pairs():
     folder = ROOT / "nano/roberta"
-    config = read_config(folder)
-    tokenizer = Tokenizer.from_folder(folder, config)
+    config = Config.load(folder)
+    tokenizer = Tokenizer.load(folder, config)
     blocks = pack(tokenizer, ["One fish.", "Two fish."] * 5, config, 12)
     assert (blocks[:, 0] == 0).all() and blocks.shape[1] == 12
     pair = encode_texts(tokenizer, ("One fish.", "Two fish."), 99)
@@ -140,11 +142,11 @@ def test_blocks_of_roberta_are_made_like_its_pairs():
 
 def test_masked_tokens_alone_are_predicted():
     """15% of the ordinary tokens count, 80% of them as <mask>; special ones never do."""
-    config = Config.from_hf(dict(
+    config = Config(**our_config(dict(
         model_type="roberta", vocab_size=50, hidden_size=8, num_hidden_layers=1,
         num_attention_heads=1, intermediate_size=8, max_position_embeddings=130,
         layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2,
-    ))  # fmt: skip
+    )))  # fmt: skip
     model, seen = Transformer(config), {}
     hidden, logits = model.hidden, model.logits
     model.hidden = lambda ids: seen.setdefault("h", hidden(seen.setdefault("ids", ids)))

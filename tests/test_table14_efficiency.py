@@ -19,6 +19,7 @@ from experiments.table14_efficiency import ALPACA, LLAMA, LORA, count, measure, 
 from lora import add_lora
 from model import Config, load
 from molex import upcycle
+from support.checkpoints import our_config
 from support.files import InputError
 
 # As in Table 14: total, trainable and their share, FLOP of a sample.
@@ -61,7 +62,7 @@ def test_llama_is_the_papers_lora_row_with_molex_beside_it(tables):
         assert cells[:2] == [f"{1_236_666_368 + gate:,}", f"{851_968 + gate:,}"]
         assert (cells[3], cells[5:]) == ("-", ["-", "-", "-"])  # nothing of it was measured
     assert [llama["MoLEx, paper"][i] for i in (0, 1, 2, 4)] == [most[i] for i in (0, 1, 2, 4)]
-    c = Config.from_hf(LLAMA)  # FLOP outside the layers: the LM head and the gate
+    c = Config(**our_config(LLAMA))  # FLOP outside the layers: the LM head and the gate
     rest = 2 * 4096 * c.d_model * (c.vocab_size + 16 * 16)
     for cells, layers in ((most, 32), (least, 16)):
         assert cells[4] == f"{(layers * layer_flop(c, 4096) + rest) / 1e12:.3f} T"
@@ -69,7 +70,7 @@ def test_llama_is_the_papers_lora_row_with_molex_beside_it(tables):
 
 @pytest.mark.parametrize("name", ["llama", "nano"])
 def test_flop_are_those_of_the_products_by_hand(name):
-    c = Config.from_hf(LLAMA) if name == "llama" else load("nano/gpt2").config
+    c = Config(**our_config(LLAMA)) if name == "llama" else load("nano/gpt2").config
     N, T = 96, c.n_layer
     head, gate = 2 * N * c.d_model * c.vocab_size, T * 2 * N * c.d_model * T
     assert count(c, N, None)[2] == T * layer_flop(c, N) + head
@@ -85,12 +86,12 @@ def test_flop_are_those_of_a_real_pass_of_molex(tables):
     for layer in (5, 1):
         with torch.no_grad():
             model.layers.gates[0].bias[layer] += 1000
-        model.layers.counts.zero_()
+        model.layers.routes.counts.zero_()
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             with FlopCounterMode(display=False) as counter:
                 model(torch.arange(64)[None])
             model.layers.gates[0].bias[layer] -= 1000
-        assert model.layers.counts[:, layer].tolist() == [1] * 8
+        assert model.layers.routes.counts[:, layer].tolist() == [1] * 8
         assert counter.get_total_flops() == count(model.config, 64, [layer] * 8)[2]
 
 
@@ -142,8 +143,8 @@ def test_row_in_the_papers_units():
 
 def test_llama_config_is_the_hubs():
     file = need_shared("models/configs/llama-3.2-1b.json")
-    hub = Config.from_hf(json.loads(file.read_text("utf-8")))
-    ours = Config.from_hf({**LLAMA, "bos_token_id": hub.bos, "eos_token_id": hub.eos})
+    hub = Config(**our_config(json.loads(file.read_text("utf-8"))))
+    ours = Config(**our_config({**LLAMA, "bos_token_id": hub.bos, "eos_token_id": hub.eos}))
     assert ours == hub
 
 

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -76,7 +77,7 @@ def test_accuracies(small):
     for folder in folders:
         model, tokenizer, config = load_run(folder, torch.device("cpu"))
         pairs = [((r["sentence1"], r["sentence2"]), 0) for r in rows]
-        said = classify(model, encode_glue(tokenizer, pairs, 512), config["eval_batch"])
+        said = classify(model, encode_glue(tokenizer, pairs, 512), config.eval_batch)
         right = [(s == 1) == (r["label"] == "entailment") for s, r in zip(said, rows, strict=True)]
         rates.append(sum(right) / len(right))
     assert table["MRPC", "RTE"] == ["50.0", *(f"{100 * r:.1f}" for r in rates)]
@@ -88,7 +89,7 @@ def test_one_who_knows_scores_one_on_every_task(small, monkeypatch, source):
     run = next(small[0].glob("nano-*-lora-*"))
     texts = {0.0: "no", 1.0: "yes"}
     monkeypatch.setattr(
-        table3, "load_run", lambda folder, device: (model, tokenizer, {**config, "task": source})
+        table3, "load_run", lambda folder, device: (model, tokenizer, replace(config, task=source))
     )
     model, tokenizer, config = load_run(run, torch.device("cpu"))
     yes_rows = {"mrpc": "1", "qqp": "1", "rte": "entailment", "qnli": "entailment"}
@@ -133,6 +134,6 @@ def test_runs_given_as_folders(small):
 def test_a_run_of_another_kind_of_task(small, monkeypatch, failure, task):
     source = next(small[0].glob("nano-*-lora-*"))
     model, tokenizer, config = load_run(source, torch.device("cpu"))
-    other = (model, tokenizer, {**config, "task": task})
+    other = (model, tokenizer, replace(config, task=task))
     monkeypatch.setattr(table3, "load_run", lambda folder, device: other)
     assert f" is a run on {task}, " in failure(call, table3, source)

@@ -54,10 +54,10 @@ def test_runs_differ_in_k_alone(small, table):
 @pytest.mark.parametrize("k", [1, 2])
 def test_k_layers_are_chosen_for_every_slot(small, table, k):
     model, tokenizer, config = load_run(runs(small)[k], torch.device("cpu"))
-    rows = read_glue(config["data"], "cola", "dev")
-    classify(model, encode_glue(tokenizer, rows, 512), config["eval_batch"])
-    assert (model.layers.counts.sum(1) == k * len(rows)).all()
-    assert (model.layers.counts <= len(rows)).all()
+    rows = read_glue(config.data, "cola", "dev")
+    classify(model, encode_glue(tokenizer, rows, 512), config.eval_batch)
+    assert (model.layers.routes.counts.sum(1) == k * len(rows)).all()
+    assert (model.layers.routes.counts <= len(rows)).all()
 
 
 def test_table(small, table):

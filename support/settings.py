@@ -1,0 +1,341 @@
+"""Settings, where their values come from, and the command line of train.py.
+
+A setting is a dataclass field with its help and limits (`setting`); each becomes a flag. There are
+those of a run (`Settings`) and those of the gate (molex.MoLExConfig). Where a flag is not given,
+these count, the later ones more:
+
+    1. the field's default: Table 6, for GPT-2 medium on E2E
+    2. what paper.toml has for the task and the model's shape: Table 5, or the embedded models'
+    3. what paper.toml has for --tune
+    4. what is trained, rank and alpha of the run that --init-from names
+"""
+
+import argparse
+import json
+import reprlib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from support.checkpoints import checkpoint_folder, read_config
+from support.cli import Parser, at_least, layer_range
+from support.files import InputError, check, read_json
+
+PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8"))
+FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
+NOT_RESULTS = ("on_device", "cuda_graphs")  # how a step is run, not what it computes
+
+
+def setting(
+    default: object, help: str, *choices: str, least: float | None = None, below: float = 1e30
+) -> Any:
+    """A dataclass field with its help and what it may be: one of `choices`, or a number from
+    `least` (if not said: 0, or 1 for a whole number) to less than `below`."""
+    if not isinstance(default, float):
+        least = 1 if least is None else least
+        below = min(below, 2**24)  # at some larger whole numbers torch overflows
+    limits = dict(help=help, choices=choices, least=least or 0, below=below)
+    return field(default=default, metadata=limits)
+
+
+def kinds(f: Field) -> set[type]:
+    """The types that a field's value may have; a whole number may stand for any number."""
+    parts = get_args(f.type) if isinstance(f.type, UnionType) else [f.type]
+    found = {get_origin(part) or part for part in parts}  # of tuple[int, ...] it is tuple
+    if float in found:
+        found.add(int)
+    if tuple in found:
+        found.add(list)
+    return found
+
+
+def check_fields(values: object, where: str = "") -> None:
+    """Raise InputError unless every field of a dataclass has its type, is among its choices and
+    within its limits; `where` precedes the field's name in the message."""
+    for f in fields(values):
+        value, limits = getattr(values, f.name), f.metadata
+        what = f"{where}{f.name.replace('_', '-')}"
+        allowed = kinds(f)
+        if Any not in allowed and type(value) not in allowed:  # a bool is no number here
+            raise InputError(f"{what} cannot be {reprlib.repr(value)}")
+        if not limits or value is None:
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            known = " or ".join(limits["choices"])
+            raise InputError(f"{what} is {reprlib.repr(value)}, not {known}")
+        if type(value) in (int, float) and not limits["least"] <= value < limits["below"]:
+            raise InputError(f"{what} cannot be {reprlib.repr(value)}")  # nor not-a-number
+
+
+def from_json(cls: type, values: object, where: object, **nested: type) -> Any:
+    """A dataclass of settings from a dictionary in a file, and with `nested` those in its fields.
+    What the file lacks takes its default, so that older runs stay readable; what no field knows is
+    left out. Raises InputError."""
+    check(values, {}, where)
+    found = {}
+    for f in fields(cls):
+        if f.name in values:
+            value = values[f.name]
+            if f.name in nested and value is not None:
+                value = from_json(nested[f.name], value, f"{where}, {f.name}")
+            found[f.name] = tuple(value) if isinstance(value, list) else value
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise InputError(f"{where} lacks {f.name}")
+    made = cls(**found)
+    check_fields(made, f"{where}: ")
+    return made
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything needed to repeat a run."""
+
+    model: str
+    task: str
+    data: str | None
+    seed: int
+    molex: Any  # the gate's settings, a MoLExConfig; None: without MoLEx
+    init: str | None = None  # a run, or a .bin file, to start from
+    shape: str = ""  # the model of [models] in paper.toml that has this one's shape
+    differs: dict = field(default_factory=dict)  # setting -> [ours, the paper's]
+    tune: str = setting("lora", "or train every weight, or every bias", "lora", "full", "bitfit")
+    epochs: int = setting(5, "passes over the training set")
+    max_steps: int | None = setting(None, "stop, and end the decay, after so many optimizer steps")
+    batch_size: int = setting(8, "sequences per optimizer step, over all processes")
+    accumulate: int = setting(1, "micro-batches in a step, to save memory; each votes for itself")
+    length_groups: int = setting(1, "batches in which like lengths are put together; 1: at random")
+    lr: float = setting(2e-4, "learning rate of all but the gate, linear warm-up and decay")
+    weight_decay: float = setting(0.01, "of the same, biases and norms excepted")
+    warmup: float = setting(500.0, "steps until the full rate; below 1: share of all steps")
+    clip: float = setting(0.0, "longest gradient, as a norm; 0: off")
+    adam_eps: float = setting(1e-6, "AdamW's epsilon")
+    label_smoothing: float = setting(0.1, "on the answer's tokens", below=1)
+    dropout: float = setting(0.0, "of the pretrained model; GLUE: the checkpoint's own", below=1)
+    max_length: int = setting(512, "tokens, prompt and answer; longer answers are cut")
+    lora_r: int = setting(4, "rank of the LoRA on q and v")
+    lora_alpha: float = setting(32.0, "the LoRA's update is scaled by alpha / r")
+    lora_dropout: float = setting(0.1, "on the LoRA's input", below=1)
+    gate_lr: float = setting(0.1, "learning rate of the gate and a learned alpha")
+    gate_weight_decay: float = setting(0.01, "of the gate")
+    load_balance: float = setting(0.01, "coefficient of the load-balance loss")
+    beams: int = setting(10, "beam size", below=4097)
+    length_penalty: float = setting(
+        0.9, "an answer's log-probability is over length ** this", below=100
+    )
+    no_repeat_ngram: int = setting(
+        4, "no n-gram of so many tokens twice; 0: off", least=0, below=4097
+    )
+    max_new_tokens: int = setting(64, "longest answer", below=4097)
+    beam_rule: str = setting("transformers", "whose beam search", "transformers", "lora")
+    precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
+    cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
+    eval_batch: int = setting(16, "sequences evaluated together")
+    test_limit: int | None = setting(None, "decode only so many MRs of the test set")
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: <model>-<task>-<method>-s<seed>."""
+        model = "-".join(Path(self.model).parts[-2:]).strip("/.")
+        parts = [model, self.task]
+        if self.tune != "lora" or not self.molex:
+            parts.append(self.tune)
+        if self.molex:
+            parts.append("molex")
+        if self.init:
+            parts.append("init")
+        return "-".join([*parts, f"s{self.seed}"])
+
+    @property
+    def method(self) -> str:
+        """As tables call it."""
+        tune = {"lora": "LoRA", "full": "full", "bitfit": "BitFit"}[self.tune]
+        return f"{tune} + MoLEx" if self.molex else tune
+
+    def search(self) -> dict:
+        """The settings of beam search."""
+        names = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "beam_rule")
+        return {name: getattr(self, name) for name in names}
+
+    def as_json(self) -> dict:
+        """As config.json has them: lists for tuples."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+# -------------------------------------------------------------------------------------- the paper's
+
+
+def paper_settings(shape: str, task: str) -> tuple[dict, str]:
+    """What paper.toml sets for a model of that shape ("" for any other) on a task; and, if these
+    are another model's settings or another task's, whose."""
+    presets, columns = PAPER["presets"], PAPER["table5"]
+    kind = task if task in ("e2e", "alpaca") else "glue"
+    nano = presets["nano"].get(shape, {}).get(kind, {})
+    if kind != "glue":
+        own = nano or shape == "gpt2-medium" or task == "alpaca"  # Alpaca's are not the paper's
+        return presets.get(task, {}) | nano, "" if own else "Table 6, for GPT-2 medium"
+    found = {}
+    for name, row in columns.get(shape, columns["roberta-base"]).items():
+        if not isinstance(row, list):
+            found[name] = row
+        elif task in PAPER["tasks"]:
+            found[name] = row[PAPER["tasks"].index(task)]
+    found |= presets["glue"]
+    if task not in PAPER["tasks"]:
+        return found | presets["new_task"] | nano, "presets.new_task in support/paper.toml"
+    own = nano or shape in columns
+    return found | nano, "" if own else "Table 5, for RoBERTa-base"
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def make_parser(tasks: list[str], *classes: type) -> Parser:
+    """A flag for every `setting` of the dataclasses. What is not given is not in the result."""
+    parser = Parser(description="Fine-tune with LoRA, with or without MoLEx", allow_abbrev=False)
+    parser.add_argument("--model", help="hub name or folder (nano/'s, with --compare)")
+    parser.add_argument(
+        "--task",
+        choices=[*tasks, "glue"],
+        default="e2e",
+        type=lambda name: name.lower().replace("-", ""),  # also SST-2
+        help="glue: all eight tasks in turn (e2e)",
+    )
+    parser.add_argument("--data", help="folder of the official files; Alpaca: JSON file (hub)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="a run each (0)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
+    which.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
+    parser.add_argument(
+        "--init-from",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="a finished run of the same model to start from, or a .bin file of the LoRA paper's"
+        " code; with --compare one with MoLEx and one without; with --task glue it is for MRPC,"
+        " RTE and STS-B alone (Table 9)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    for f in (f for cls in classes for f in fields(cls) if f.metadata):
+        kind = dict(type=int if f.default is None else type(f.default))
+        flag = "--" + f.name.replace("_", "-")
+        if f.metadata["choices"]:
+            kind = dict(choices=f.metadata["choices"])
+        elif isinstance(f.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif f.name == "layers":
+            kind, flag = dict(type=layer_range, metavar="0-11"), "--molex-layers"
+        text = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
+    return parser
+
+
+def parse_command(
+    gate: type, tasks: Iterable[str], argv: list[str] | None = None
+) -> tuple[argparse.Namespace, list[Settings]]:
+    """The command line, and the settings of every run it asks for, in order. `gate`: the dataclass
+    of MoLEx's settings. Raises InputError if they do not fit each other."""
+    args = make_parser(list(tasks), Settings, gate).parse_args(argv)
+    writes = args.task in ("e2e", "alpaca")
+    model = str(Path(args.model or ("nano/gpt2" if writes else "nano/roberta")))  # "a/" is "a"
+    config = read_config(checkpoint_folder(model))
+    if writes and not config["causal"]:
+        raise InputError(f"{model} is an encoder, which cannot write text; try --model gpt2-medium")
+    size = [config["family"], config["n_layer"], config["d_model"]]
+    shapes = [name for name, known in PAPER["models"].items() if known == size]
+    shape = shapes[0] if shapes else ""
+    compare = args.compare or (args.model is None and not args.no_molex)
+    runs = []
+    for task in PAPER["tasks"] if args.task == "glue" else [args.task]:
+        starts = args.init_from if args.task != "glue" or task in FROM_MNLI else []
+        pair = []
+        if compare or args.no_molex:
+            pair.append(settle(args, gate, model, config, shape, task, starts, mixes=False))
+        if not args.no_molex:
+            pair.append(settle(args, gate, model, config, shape, task, starts, mixes=True))
+        runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
+    return args, runs
+
+
+def settle(
+    args: argparse.Namespace,
+    gate: type,
+    model: str,
+    config: dict,
+    shape: str,
+    task: str,
+    starts: list[str],
+    mixes: bool,
+) -> Settings:
+    """The settings of one run, see the top of this file."""
+    flags = {f.name: f.default for cls in (Settings, gate) for f in fields(cls) if f.metadata}
+    given = {name: value for name, value in vars(args).items() if name in flags}
+    init, inherited = source(starts, gate, model, mixes)
+    tune = given.get("tune") or inherited.get("tune") or flags["tune"]
+    # 1) What counts if nothing is given.
+    base = dict(flags)
+    base.update(paper_settings(shape, task)[0])
+    embedded_data = base.pop("data", None)  # the data beside the embedded models
+    if task == "e2e":
+        base["layers"] = tuple(range(min(12, config["n_layer"])))
+    elif task != "alpaca":  # the checkpoint's own, as in the public LoRA scripts
+        base["dropout"] = config["dropout"]
+    base.update(PAPER["presets"].get(tune, {}))
+    # 2) What is chosen, and where that differs.
+    chosen = dict(base)
+    chosen.update(inherited)
+    chosen.update(given)
+    of_gate = {f.name for f in fields(gate)}
+    molex = gate(**{name: chosen[name] for name in of_gate})
+    molex.check(config["n_layer"])
+    differs = {}
+    for name, value in chosen.items():
+        counts = name not in NOT_RESULTS and (mixes or name not in of_gate)
+        if counts and value != base[name]:
+            differs[name] = [value, base[name]]
+    s = Settings(
+        model=model,
+        task=task,
+        data=args.data or embedded_data,
+        seed=0,
+        molex=molex if mixes else None,
+        init=init,
+        shape=shape,
+        differs=differs,
+        **{name: value for name, value in chosen.items() if name not in of_gate},
+    )
+    check_fields(s, "--")
+    return s
+
+
+def read_settings(folder: Path, gate: type) -> Settings:
+    """The settings of a run with a finished epoch. Raises InputError if it is none."""
+    if not (folder / "adapter.safetensors").exists():
+        raise InputError(f"{folder} is not a run with a finished epoch")
+    where = folder / "config.json"
+    return from_json(Settings, read_json(where), where, molex=gate)
+
+
+def source(paths: list[str], gate: type, model: str, mixes: bool) -> tuple[str | None, dict]:
+    """Which of --init-from's paths a run with or without MoLEx starts from, and the settings that
+    come with it. A run with MoLEx may start from one without if there is no other."""
+    found = {}  # with MoLEx or without -> path, settings
+    for path in paths:
+        s = None if Path(path).is_file() else read_settings(Path(path), gate)
+        if s and s.model != model:
+            raise InputError(f"--init-from {path} is a run of {s.model}, not of {model}")
+        kind = bool(s and s.molex)
+        if kind in found:
+            how = "with" if kind else "without"
+            raise InputError(f"--init-from {path} is a second run {how} MoLEx; give one of each")
+        found[kind] = (path, s)
+    if not found:
+        return None, {}
+    if mixes not in found and False not in found:
+        raise InputError(f"--init-from {paths[0]} has MoLEx; give a run without it as well")
+    path, s = found.get(mixes) or found[False]
+    return path, dict(tune=s.tune, lora_r=s.lora_r, lora_alpha=s.lora_alpha) if s else {}
