@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Context, Transformer
 from support.cuda import LayerBank, fork, join, share
 from support.files import InputError
+from support.processes import sum_over_processes
 from support.routes import RouteLog
 from support.settings import check_fields, setting
 
@@ -247,9 +247,10 @@ class MoLEx(nn.Module):
         votes = (favourite * voter).sum(1, dtype=torch.float64)  # (B, T)
         affinity = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
         if self.config.route == "batch":
-            votes, affinity = votes.sum(0, keepdim=True), affinity.sum(0, keepdim=True)
+            votes = votes.sum(0, keepdim=True)
+            affinity = affinity.sum(0, keepdim=True)
             if self.training:
-                votes, affinity = sum_over_processes(torch.stack([votes, affinity]))
+                sum_over_processes(votes, affinity)
         picks = VOTES[self.config.vote](votes, affinity)[:, : self.config.top_k]
         self.routes.add(picks, affinity / votes.sum(-1, keepdim=True).clamp(min=1))
         if ctx.cache is not None:
@@ -265,17 +266,11 @@ class MoLEx(nn.Module):
         """The load-balance loss of one slot (Fedus et al., 2022): T sum_j f_j P_j over real tokens,
         where f_j is the share of tokens whose favourite is j and P_j the mean affinity for j. It is
         1 where all layers fare alike. (A sigmoid's affinities are first made to add up to 1.)"""
-        f = sum_over_processes((favourite * real[..., None]).sum((0, 1)).to(log_a.dtype))
+        f = (favourite * real[..., None]).sum((0, 1)).to(log_a.dtype)
+        sum_over_processes(f)
         tokens = f.sum()
         P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
         return len(f) * (f / tokens * P).sum()
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """In data parallel training N processes decide what one with the whole batch would."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:

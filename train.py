@@ -16,8 +16,6 @@ resumes a run that was stopped, and keeps a finished one.
 
 import argparse
 import math
-import os
-import signal
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -26,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -51,6 +48,14 @@ from molex import MoLEx, MoLExConfig
 from support.cli import command_line, pick_device
 from support.cuda import GraphedStep
 from support.files import InputError, fill, locked
+from support.processes import (
+    end_processes,
+    is_first,
+    start_processes,
+    sum_over_processes,
+    wait_for_all,
+    world,
+)
 from support.runs import SAVE_SECONDS, RunFolder, Stop
 from support.settings import Settings, paper_settings, parse_command
 from support.tables import report, report_pictures
@@ -58,20 +63,6 @@ from support.tables import report, report_pictures
 Splits = dict[str, list[Example]]  # name of a dev split -> its examples
 
 # --------------------------------------------------------------------------------------- one step
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Add up tensors over all processes, in place and in one message: few weights are trained."""
-    if dist.is_initialized():
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(total.view_as(x))
 
 
 def train_step(
@@ -106,7 +97,7 @@ def update(
             loss = loss + s.load_balance * model.layers.load_balance / len(micros)
         loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_over_processes([p.grad for p in parameters] + [total])
+    sum_over_processes(*(p.grad for p in parameters), total)
     if s.clip:
         torch.nn.utils.clip_grad_norm_(parameters, s.clip)
     optimizer.step()
@@ -173,7 +164,7 @@ def fit(
 ) -> None:
     """Train to the end, from the start or from where the run was stopped."""
     # 1) What is trained, and how far it has come.
-    first = world()[0] == 0
+    first = is_first()
     run = RunFolder(folder, TASKS[s.task].metric)
     lengths = [len(e) for e in examples]
     per_epoch = math.ceil(len(examples) / s.batch_size)
@@ -288,7 +279,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     model, tokenizer = build(s, device)
     if s.init:
         took = start_from(model, Path(s.init))
-        if world()[0] == 0:
+        if is_first():
             print(f"{s.name} starts from {s.init}: {took}")
     model.cast_frozen()
     torch.manual_seed(s.seed + world()[0])  # dropout
@@ -334,27 +325,25 @@ def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) 
     first what is there. Raises InputError if another process is at it."""
     model, tokenizer = prepare(s, device)
     examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
-    first = world()[0] == 0
+    first = is_first()
     with locked(folder) if first else nullcontext():
         if first and fresh:
             RunFolder(folder).remove()
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         fit(s, folder, model, examples, dev)
 
 
 def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     """Train and evaluate one run, or what is left of it; returns its folder."""
     folder = out / s.name
-    first = world()[0] == 0
     if (folder / "config.json").exists() and not fresh:
         finished = RunFolder(folder).finished(s)  # raises InputError if its settings are others
-        if first:
+        if is_first():
             print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
             return folder
     train(s, folder, device, fresh)
-    if first:
+    if is_first():
         evaluate_run(folder, device)
     return folder
 
@@ -372,29 +361,19 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
 
 def main() -> None:
     args, runs = parse()
-    device = pick_device(args.device)
-    if "RANK" in os.environ:  # started by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if world()[0]:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # the first process saves the state
-    first = world()[0] == 0
+    device = start_processes(pick_device(args.device))
     borrowed = paper_settings(runs[0].shape, runs[0].task)[1]
-    if first and borrowed:
+    if is_first() and borrowed:
         print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
     for s in runs:
         run(s, args.out, args.fresh, device)
-    if first:
+    if is_first():
         print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
         report(runs, args.out, TASKS)
         if len(runs) > 1:
             report_pictures(runs, args.out, TASKS)
         print("\nruns:", *(str(args.out / s.name) for s in runs))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

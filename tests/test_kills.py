@@ -142,7 +142,8 @@ def stage(home: Path) -> str:
     if not (folder / "last.pt").exists():
         return "before a state was saved"
     state = torch.load(folder / "last.pt", weights_only=True)
-    done = state["progress"]["log"] and state["log"][-1]["step"] == (5 if "mrpc" in folder.name else 6)
+    steps = 5 if "mrpc" in folder.name else 6
+    done = state["progress"]["log"] and state["progress"]["log"][-1]["step"] == steps
     return "in evaluation" if done else "in training"
 
 

@@ -1,0 +1,52 @@
+"""Several processes, started by torchrun, that do together what one would with the whole batch."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return world()[0] == 0
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Add up tensors over all processes, in place and in one message."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(total.view_as(x))
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def start_processes(device: torch.device) -> torch.device:
+    """Let the processes of torchrun find each other; returns this one's device."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not is_first():  # the first saves the state, after a step of all
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    return device
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
