@@ -9,7 +9,6 @@ is data: a string that happens to contain "<|endoftext|>" is encoded as those th
 import math
 import re
 from collections import ChainMap
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -194,32 +193,6 @@ class GlueTask:
     header: tuple[str, ...] = ()  # the columns, if the files do not say
     ragged: bool = False  # the official file has broken rows
 
-    @property
-    def title(self) -> str:
-        return self.folder
-
-    @property
-    def name(self) -> str:
-        """On the command line, on the hub and in GLUE."""
-        return self.folder.lower().replace("-", "")
-
-    @property
-    def head(self) -> int:
-        """How many outputs a classification head has; one is a score."""
-        return max(1, len(self.labels))
-
-    @property
-    def scores(self) -> dict[str, tuple[str, int, int]]:
-        return {self.metric: (f"{self.folder} {self.metric}", 100, 2)}
-
-    def files(self, data: str) -> list[Path]:
-        return [glue_file(data, self.name, split) for split in ("train", *self.dev)]
-
-    def examples(
-        self, tokenizer: "Tokenizer", data: str | None, split: str, limit: int
-    ) -> list["Example"]:
-        return encode_glue(tokenizer, read_glue(data, self.name, split), limit)
-
     def target(self, value: str, where: str) -> float:
         """The number of a label, or a score."""
         if self.labels and value not in self.labels:
@@ -302,9 +275,8 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
         rows = parse_json(text, file, lines=text.lstrip()[0] != "[")
     pairs = []
     for n, row in enumerate(rows, start=1):
-        texts = [None]
-        if isinstance(row, dict):
-            texts = [row.get(name) or "" for name in ("instruction", "input", "output")]
+        names = ("instruction", "input", "output")
+        texts = [row.get(name) or "" for name in names] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or not (texts[0] and texts[2]):
             if file is None:  # the hub's data have a few empty outputs
                 continue
@@ -315,9 +287,6 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
         raise InputError(f"{file or ALPACA_HUB} holds too few examples to hold one out")
     held_out = min(200, max(1, len(pairs) // 10))
     return pairs[:held_out] if split == "dev" else pairs[held_out:]
-
-
-# ---------------------------------------------------------------------------------------- examples
 
 
 @dataclass(frozen=True)
@@ -401,68 +370,40 @@ def encode_pairs(
     return examples
 
 
-# ------------------------------------------------------------------------------------- the tasks
-
-
 @dataclass(frozen=True)
 class TextTask:
     """A task whose answers are texts."""
 
-    title: str  # as tables call it
-    files: Callable[[str], list[Path]]  # what a run reads of a --data
-    pairs: Callable[[str | None, str], list[tuple[str, str]]]  # (data, split) -> prompt, answer
-    scores: dict[str, tuple[str, int, int]]  # what tables show: its name, a factor, decimals
-    tokenized: Callable[[str | None], bool] | None = None  # E2E: is it the LoRA paper's text?
-    dev = ("dev",)
-    metric = "dev_loss"  # finds the best epoch: the lowest loss, or in GLUE the highest metric
-    head = "lm"
-
-    def examples(
-        self, tokenizer: Tokenizer, data: str | None, split: str, limit: int
-    ) -> list[Example]:
-        return encode_pairs(tokenizer, self.pairs(data, split), limit, self.title)
+    folder: str
+    metric: str = "dev_loss"  # finds the best epoch: the lowest loss, in GLUE the highest metric
+    dev: tuple[str, ...] = ("dev",)
 
 
-def e2e_pairs(data: str | None, split: str) -> list[tuple[str, str]]:
-    return [(e2e_prompt(mr), ref) for mr, ref in read_e2e(data, split)]
-
-
-E2E = TextTask(
-    title="e2e",
-    files=lambda data: [e2e_file(data, split) for split in E2E_FILES],
-    pairs=e2e_pairs,
-    scores={
-        "bleu": ("BLEU", 100, 2),
-        "nist": ("NIST", 1, 3),
-        "meteor": ("METEOR", 100, 2),
-        "rouge_l": ("ROUGE-L", 100, 2),
-        "cider": ("CIDEr", 1, 3),
-        "dev_loss": ("best dev loss", 1, 4),
-    },
-    tokenized=is_tokenized,
-)
-ALPACA = TextTask(
-    title="alpaca",
-    files=lambda data: [locate(data)],
-    pairs=read_alpaca,
-    scores={"train_ppl": ("train perplexity", 1, 3), "dev_ppl": ("dev perplexity", 1, 3)},
-)
-TASKS = ChainMap({"e2e": E2E, "alpaca": ALPACA}, GLUE)  # a new row of GLUE is in it at once
-
-
-def data_files(task: str, data: str | None) -> list[Path]:
-    """The files that a run reads, none if from the hub. Raises InputError if one is missing."""
-    return [] if data is None else TASKS[task].files(data)
+TASKS = ChainMap({"e2e": TextTask("e2e"), "alpaca": TextTask("alpaca")}, GLUE)
 
 
 def read_examples(
     tokenizer: Tokenizer, task: str, data: str | None, split: str, limit: int
 ) -> list[Example]:
     """One split of a task, read and encoded."""
-    return TASKS[task].examples(tokenizer, data, split, limit)
+    if task in GLUE:
+        return encode_glue(tokenizer, read_glue(data, task, split), limit)
+    if task == "alpaca":
+        return encode_pairs(tokenizer, read_alpaca(data, split), limit, task)
+    pairs = [(e2e_prompt(mr), ref) for mr, ref in read_e2e(data, split)]
+    return encode_pairs(tokenizer, pairs, limit)
 
 
-# ----------------------------------------------------------------------------------------- batches
+def data_files(task: str, data: str | Path | None) -> list[Path]:
+    """The files that a run reads, none if from the hub. Raises InputError if one is missing."""
+    if data is None:
+        return []
+    if task == "alpaca":
+        return [locate(data)]
+    if task == "e2e":
+        return [e2e_file(data, split) for split in E2E_FILES]
+    return [glue_file(data, task, split) for split in ("train", *GLUE[task].dev)]
+
 
 NO_TARGET = -100  # which F.cross_entropy leaves out
 
@@ -522,13 +463,8 @@ def collate(examples: list[Example], multiple: int = 1) -> Batch:
         where += missing * [0]
         target += missing * [NO_TARGET]
     scores = any(isinstance(y, float) for y in target)
-    return Batch(
-        ids,
-        mask,
-        prompt,
-        torch.tensor(where, dtype=torch.long),
-        torch.tensor(target, dtype=torch.float32 if scores else torch.long),
-    )
+    target = torch.tensor(target, dtype=torch.float32 if scores else torch.long)
+    return Batch(ids, mask, prompt, torch.tensor(where, dtype=torch.long), target)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,24 +36,21 @@ from data import (
     read_examples,
     read_glue,
 )
-from lora import adapt, merge, task_head, trained_tensors
+from lora import adapt, merge, trainable, trained_tensors
 from model import Cache, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
 from support.cli import Parser, command_line, pick_device
 from support.files import InputError, fill, locate
 from support.runs import RunFolder, is_run
-from support.scoring import (
-    References,
-    Texts,
-    clean,
-    meteor_score,
-    ptb_tokenize,
-    read_outputs,
-    sacrebleu,
-)
+from support.scoring import clean, meteor, mteval_tokens, ptb_tokenize, read_outputs, sacrebleu
 from support.settings import Settings, read_settings
 
-# ----------------------------------------------------------------------------------- GLUE's metrics
+Texts = list[str]
+References = list[list[str]]  # one or more for each prediction
+Scores = dict[str, float]
+Splits = dict[str, list[Example]]  # name of a dev split -> its examples
+
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def accuracy(predictions: list[float], labels: list[float]) -> float:
@@ -73,36 +69,25 @@ def pearson(predictions: list[float], labels: list[float]) -> float:
 METRICS = {"accuracy": accuracy, "matthews": pearson, "pearson": pearson}
 
 
-def glue_scores(
-    task: str, predictions: dict[str, list[float]], dev: dict[str, list[Example]]
-) -> dict[str, float]:
+def glue_scores(task: str, predictions: dict[str, list[float]], dev: Splits) -> Scores:
     """The task's metric over all dev splits (Table 1: "overall"), and over each of several."""
     name = GLUE[task].metric
     metric = METRICS[name]
     labels = {split: [e.label for e in examples] for split, examples in dev.items()}
-    scores = {name: metric(sum(predictions.values(), []), sum(labels.values(), []))}
+    answers = sum(predictions.values(), [])
+    scores = {name: metric(answers, sum(labels.values(), []))}
     if len(dev) > 1:
         for split in dev:
-            scores[split.replace("dev", name)] = metric(predictions[split], labels[split])
+            key = split.replace("dev", name)
+            scores[key] = metric(predictions[split], labels[split])
     return scores
 
 
-# ------------------------------------------------------------------------------------ E2E's metrics
-
-_tokenize_13a = Tokenizer13a()
-
-
-def _mteval_tokens(text: str) -> list[str]:
-    """Lower-cased tokens of mteval-v13a; an empty text is one empty token, as in pymteval."""
-    return _tokenize_13a(text.lower()).split() or [""]
-
-
-def _ngrams(tokens: list[str], max_n: int) -> Counter:
+def _ngrams(tokens: Texts, max_n: int) -> Counter:
     """How often each n-gram, n = 1 ... `max_n`, occurs."""
     found = Counter()
     for n in range(1, max_n + 1):
-        for i in range(len(tokens) - n + 1):
-            found[tuple(tokens[i : i + n])] += 1
+        found.update(zip(*(tokens[i:] for i in range(n)), strict=False))
     return found
 
 
@@ -112,13 +97,13 @@ def bleu(predictions: Texts, references: References) -> float:
     pymteval gives a prediction of m tokens m - n + 1 n-grams even where that is negative; sacrebleu
     then says 0. This shows only if predictions have fewer than three tokens.
     """
-    counts = sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
-    length = sum(len(_mteval_tokens(p)) for p in predictions)
+    found = sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
+    length = sum(len(mteval_tokens(p)) for p in predictions)
     precisions = []
-    for n, count in enumerate(counts.counts):
+    for n, count in enumerate(found.counts):
         total = max(length - n * len(predictions), 1e-9)
         precisions.append(max(count, 1e-15) / total)
-    brevity = math.exp(min(1 - counts.ref_len / length, 0))
+    brevity = math.exp(min(1 - found.ref_len / length, 0))
     return math.prod(precisions) ** (1 / 4) * brevity
 
 
@@ -132,48 +117,44 @@ def nist(predictions: Texts, references: References) -> float:
     reference_counts, matches = Counter(), Counter()
     length, reference_length = 0, 0.0
     for prediction, group in zip(predictions, references, strict=True):
-        tokens = _mteval_tokens(prediction)
-        group_tokens = [_mteval_tokens(r) for r in group]
+        words = 0
         most = Counter()  # of each n-gram, in one reference
-        for counts in (_ngrams(t, 5) for t in group_tokens):
+        for reference in group:
+            reference_tokens = mteval_tokens(reference)
+            counts = _ngrams(reference_tokens, 5)
             most |= counts
             reference_counts.update(counts)
-        matches.update(_ngrams(tokens, 5) & most)
-        words = sum(len(t) for t in group_tokens)
+            words += len(reference_tokens)
         reference_counts[()] += words  # what comes before a unigram: the empty n-gram
-        length += len(tokens)
         reference_length += words / len(group)
+        tokens = mteval_tokens(prediction)
+        matches.update(_ngrams(tokens, 5) & most)
+        length += len(tokens)
     score = 0.0
     for ngram, count in matches.items():
         total = length - (len(ngram) - 1) * len(predictions)  # may be negative, see bleu()
         information = math.log2(reference_counts[ngram[:-1]] / reference_counts[ngram])
         score += count * information / total if total else 0.0  # pymteval divides by zero
     beta = -math.log(0.5) / math.log(1.5) ** 2
-    return score * math.exp(-beta * math.log(min(length / reference_length, 1.0)) ** 2)
-
-
-def _longest_common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            above = row[j]
-            row[j] = diagonal + 1 if x == y else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
+    short = math.log(min(length / reference_length, 1.0))
+    return score * math.exp(-beta * short**2)
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
     """Mean ROUGE-L (Lin, 2004) in 0..1, COCO's variant: beta = 1.2, PTB tokens. Precision and
     recall are each the best over the references, perhaps of different ones."""
+    predictions, references = ptb_tokenize(predictions, references)
+    from pycocoevalcap.rouge.rouge import my_lcs  # the longest common subsequence, as in COCO
+
     beta_squared, total = 1.2**2, 0.0
-    for prediction, group in zip(*ptb_tokenize(predictions, references), strict=True):
+    for prediction, group in zip(predictions, references, strict=True):
+        precision = recall = 0.0
         tokens = prediction.split(" ")
-        group_tokens = [r.split(" ") for r in group]
-        common = [_longest_common(tokens, r) for r in group_tokens]
-        precision = max(common) / len(tokens)
-        recall = max(c / len(r) for c, r in zip(common, group_tokens, strict=True))
+        for reference in group:
+            reference_tokens = reference.split(" ")
+            common = my_lcs(reference_tokens, tokens)
+            precision = max(precision, common / len(tokens))
+            recall = max(recall, common / len(reference_tokens))
         if recall:
             total += (1 + beta_squared) * precision * recall / (recall + beta_squared * precision)
     return total / len(predictions)
@@ -193,13 +174,15 @@ def cider(predictions: Texts, references: References) -> float:
     for group in counts:
         items.update(set().union(*group))
 
-    def tf_idf(ngrams: Counter) -> tuple[dict, Counter, int]:
+    def tf_idf(ngrams):
         """The vector, its squared norm for each n, and the number of bigrams."""
         vector, squares, bigrams = {}, Counter(), 0
         for ngram, count in ngrams.items():
-            vector[ngram] = count * math.log(len(counts) / max(items[ngram], 1))
-            squares[len(ngram)] += vector[ngram] ** 2
-            bigrams += count if len(ngram) == 2 else 0
+            weight = count * math.log(len(counts) / max(items[ngram], 1))
+            vector[ngram] = weight
+            squares[len(ngram)] += weight**2
+            if len(ngram) == 2:
+                bigrams += count
         return vector, squares, bigrams
 
     total = 0.0
@@ -210,21 +193,14 @@ def cider(predictions: Texts, references: References) -> float:
             for ngram, weight in vector.items():
                 other = reference.get(ngram, 0.0)
                 if other:
-                    n = len(ngram)
-                    cosine += (
-                        min(weight, other) * other / math.sqrt(squares[n] * reference_squares[n])
-                    )
+                    norms = squares[len(ngram)] * reference_squares[len(ngram)]
+                    cosine += min(weight, other) * other / math.sqrt(norms)
             penalty = math.exp(-((length - reference_length) ** 2) / (2 * 6.0**2))
             total += 10 * penalty * cosine / 4 / len(group)
     return total / len(predictions)
 
 
-def meteor(predictions: Texts, references: References) -> float:
-    """METEOR 1.5 (Denkowski & Lavie, 2014) in 0..1 over PTB tokens, by its own Java program."""
-    return meteor_score(*ptb_tokenize(predictions, references))
-
-
-def e2e_scores(predictions: Texts, references: References) -> dict[str, float]:
+def e2e_scores(predictions: Texts, references: References) -> Scores:
     """All five metrics. Item i is one prediction and its one or more references."""
     if not predictions or len(predictions) != len(references) or not all(references):
         what = f"{len(predictions)} predictions and {len(references)} groups"
@@ -235,16 +211,14 @@ def e2e_scores(predictions: Texts, references: References) -> dict[str, float]:
     return scores
 
 
-# ----------------------------------------------------------------------------------------- dev sets
-
-
 def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
     """Batches of the examples' indices, of like length together, with a progress bar."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     with tqdm(total=len(order), desc=what, leave=False) as bar:
         for i in range(0, len(order), batch_size):
-            yield order[i : i + batch_size]
-            bar.update(len(order[i : i + batch_size]))
+            indices = order[i : i + batch_size]
+            yield indices
+            bar.update(len(indices))
 
 
 @torch.no_grad()
@@ -257,8 +231,8 @@ def classify(model: Transformer, examples: list[Example], batch_size: int) -> li
             logits = model(batch.ids, batch.mask).float()
         found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
         order += indices
-    answers = dict(zip(order, torch.cat(found).tolist(), strict=True))  # one transfer for all
-    return [answers[i] for i in range(len(examples))]
+    back = torch.tensor(order).argsort()
+    return torch.cat(found).cpu()[back].tolist()  # one transfer for all
 
 
 @torch.no_grad()
@@ -266,13 +240,12 @@ def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> fl
     """Mean loss of an answer's token in nats, unsmoothed: the log of the perplexity (Table 12)."""
     total = torch.zeros((), device=model.device)
     for indices in by_length(examples, batch_size, "  dev"):
-        total += model.loss(collate([examples[i] for i in indices]))
+        batch = collate([examples[i] for i in indices])
+        total += model.loss(batch)
     return total.item() / sum(e.targets for e in examples)
 
 
-def dev_scores(
-    model: Transformer, task: str, dev: dict[str, list[Example]], batch_size: int
-) -> dict[str, float]:
+def dev_scores(model: Transformer, task: str, dev: Splits, batch_size: int) -> Scores:
     """What an epoch is judged by: the task's metric in GLUE, otherwise the loss."""
     training = model.training
     model.eval()
@@ -315,28 +288,33 @@ class Beams:
         self.beams, self.longest, self.penalty, self.rule = beams, longest, penalty, rule
         self.ids = torch.zeros(P, beams, 0, dtype=torch.long, device=device)
         self.score = torch.full((P, beams), -math.inf, device=device)
+        self.done_ids = self.ids.new_zeros(P, beams, longest)
+        self.done_score = self.score.clone()
+        self.done_length = self.ids.new_zeros(P, beams)
         self.score[:, 0] = 0.0  # all beams start alike: let one of them spread
-        self.done_ids = torch.zeros(P, beams, longest, dtype=torch.long, device=device)
-        self.done_score = torch.full((P, beams), -math.inf, device=device)
-        self.done_length = torch.zeros(P, beams, dtype=torch.long, device=device)
 
     def step(self, log_p: Tensor, eos: int) -> tuple[Tensor, Tensor]:
         """Go on by one token, log_p (P * beams, V). Returns from which beam each open one has come,
         (P, beams), and which prompts go on, (P,) bool."""
+        # 1) The best continuations; even if half of 2 x beams end, enough can go on.
+        P, n = self.score.shape
         V = log_p.shape[-1]
-        total = (self.score.flatten()[:, None] + log_p).view(len(self.score), -1)
-        count = self.beams if self.rule == "lora" else 2 * self.beams
-        score, index = total.topk(count)  # even if half of 2 x beams end, enough can go on
-        beam, token = index // V, index % V
+        total = self.score.view(-1, 1) + log_p
+        score, index = total.view(P, -1).topk(n if self.rule == "lora" else 2 * n)
+        beam = index // V
+        token = index % V
         before = take(self.ids, beam)
-        ids = torch.cat([before, token[..., None]], dim=-1)  # (P, count, s)
+        ids = torch.cat([before, token[..., None]], dim=-1)  # (P, n or 2 n, s)
+        # 2) Those that end, and those that go on.
         s = ids.shape[-1]
         ends = (token == eos) | (s == self.longest)
-        self.finish(ids[:, : self.beams], score[:, : self.beams], ends[:, : self.beams], eos)
-        self.score, keep = score.masked_fill(ends, -math.inf).topk(self.beams)
+        self.finish(ids[:, :n], score[:, :n], ends[:, :n], eos)
+        self.score, keep = score.masked_fill(ends, -math.inf).topk(n)
         self.ids = take(ids, keep)
-        worst = -math.inf if self.rule == "lora" else self.done_score[:, -1]
-        return beam.gather(1, keep), self.score[:, 0] / s**self.penalty > worst
+        # 3) Which prompts are not done.
+        best = self.score[:, 0] / s**self.penalty
+        going = best > (-math.inf if self.rule == "lora" else self.done_score[:, -1])
+        return beam.gather(1, keep), going
 
     def finish(self, ids: Tensor, score: Tensor, ends: Tensor, eos: int) -> None:
         """Of these answers those that end, and of earlier ones, keep the best `beams`."""
@@ -344,9 +322,12 @@ class Beams:
         score = (score / s**self.penalty).masked_fill(~ends, -math.inf)
         length = s - (ids[..., -1] == eos).long()  # the end token is left out
         padded = F.pad(ids, (0, self.longest - s))
-        self.done_score, best = torch.cat([self.done_score, score], dim=1).topk(self.beams)
-        self.done_ids = take(torch.cat([self.done_ids, padded], dim=1), best)
-        self.done_length = torch.cat([self.done_length, length], dim=1).gather(1, best)
+        all_scores = torch.cat([self.done_score, score], dim=1)
+        self.done_score, best = all_scores.topk(self.beams)
+        all_ids = torch.cat([self.done_ids, padded], dim=1)
+        self.done_ids = take(all_ids, best)
+        all_lengths = torch.cat([self.done_length, length], dim=1)
+        self.done_length = all_lengths.gather(1, best)
 
     def best(self, row: int) -> list[int]:
         return self.done_ids[row, 0, : self.done_length[row, 0]].tolist()
@@ -385,12 +366,13 @@ def beam_search(
     if beam_rule not in ("transformers", "lora"):
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
     device, longest = model.device, max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    padded = torch.tensor([[-1] * (longest - len(p)) + p for p in prompts], device=device)
+    real = padded >= 0
     state = Beams(len(prompts), beams, max_new_tokens, length_penalty, beam_rule, device)
     cache = Cache()
-    h = model.hidden(ids, real, cache=cache)[:, -1].repeat_interleave(beams, dim=0)
-    sees = real.bool()[:, None].expand(-1, beams, -1)  # (P, beams, S)
+    h = model.hidden(padded.clamp(min=0), real, cache=cache)[:, -1]
+    h = h.repeat_interleave(beams, dim=0)
+    sees = real[:, None].expand(-1, beams, -1)  # (P, beams, S)
     itself = torch.eye(beams, dtype=torch.bool, device=device)
     waiting = list(range(len(prompts)))  # which prompt each row of the state answers
     answers: list[list[int]] = [[] for _ in prompts]
@@ -418,11 +400,7 @@ def beam_search(
 
 
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[str] | list[list[int]],
-    batch_size: int = 16,
-    **search: float,
+    model: Transformer, tokenizer: Tokenizer, prompts: list, batch_size: int = 16, **search: float
 ) -> list[str]:
     """The model's answer to each prompt, a text as in E2E or token ids; see `beam_search`."""
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
@@ -435,12 +413,15 @@ def generate(
     return answers
 
 
-# ------------------------------------------------------------------------------ the model of a run
+# ------------------------------------------------------------------------- a run and its evaluation
 
 
 def build(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """A run's model before training (pretrained, with LoRA and MoLEx), and its tokenizer."""
-    model = load(s.model, head=TASKS[s.task].head, dropout=s.dropout)
+    head = "lm"
+    if s.task in GLUE:
+        head = max(1, len(GLUE[s.task].labels))
+    model = load(s.model, head=head, dropout=s.dropout)
     model.precision = s.precision
     adapt(model, s.tune, s.lora_r, s.lora_alpha, s.lora_dropout)
     if s.molex:
@@ -474,10 +455,7 @@ def load_model(
     return model, Tokenizer.load(name, model.config)
 
 
-# -------------------------------------------------------------------------------- evaluating a run
-
-
-def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
+def evaluate_run(folder: Path, device: torch.device) -> Scores:
     """Score a run's best epoch on the dev set of GLUE or Alpaca or the test set of E2E. What is
     found goes to the run's folder (support/runs.py); an unfinished run's to one within it."""
     model, tokenizer, s = load_run(folder, device)
@@ -485,8 +463,7 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
     log = run.read_log()
     scores = dict(run.best_of(log))
     del scores["curve"]
-    trained = trained_tensors(model).items()
-    scores["trainable"] = sum(p.numel() for name, p in trained if name not in task_head(model))
+    scores["trainable"] = trainable(model)
     if s.task == "e2e":
         merge(model)  # elsewhere what was measured in training is measured again to the bit
     model.cast_frozen()
@@ -503,11 +480,9 @@ def evaluate_run(folder: Path, device: torch.device) -> dict[str, float]:
 def evaluate_e2e(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> dict:
     """Decode the test set."""
     mrs, outputs, references = decode_test(model, tokenizer, s)
-    lines = [f"{mr}\t{output}" for mr, output in zip(mrs, outputs, strict=True)]
-    out.write_lines("predictions.tsv", ["MR\toutput", *lines])
+    out.write_table(["MR", "output"], zip(mrs, outputs, strict=True))
     out.write_references(references)
-    first = [group[0] for group in references]
-    out.write_samples([*zip(mrs, outputs, first, strict=True)])
+    out.write_samples(zip(mrs, outputs, (group[0] for group in references), strict=True))
     return e2e_scores(outputs, references)
 
 
@@ -515,16 +490,17 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Ru
     """Classify the dev splits."""
     limit = min(s.max_length, model.config.max_positions)
     names = GLUE[s.task].labels
-    dev, found, lines, samples = {}, {}, [], []
+    dev, found, rows, samples = {}, {}, [], []
     for split in GLUE[s.task].dev:
-        rows = read_glue(s.data, s.task, split)
-        dev[split] = encode_glue(tokenizer, rows, limit)
+        texts_and_labels = read_glue(s.data, s.task, split)
+        dev[split] = encode_glue(tokenizer, texts_and_labels, limit)
         found[split] = classify(model, dev[split], s.eval_batch)
-        for i, ((texts, label), answer) in enumerate(zip(rows, found[split], strict=True)):
+        for i, (texts, label) in enumerate(texts_and_labels):
+            answer = found[split][i]
             right, said = (names[int(y)] if names else f"{y:.3f}" for y in (label, answer))
-            lines.append(f"{split}\t{i}\t{right}\t{said}")
+            rows.append((split, i, right, said))
             samples.append(("\n".join(texts), said, right))
-    out.write_lines("predictions.tsv", ["split\tindex\tlabel\tprediction", *lines])
+    out.write_table(["split", "index", "label", "prediction"], rows)
     out.write_samples(samples)
     return glue_scores(s.task, found, dev)
 
@@ -536,21 +512,21 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: 
     fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= longest]
     shown = fitting[:: max(1, len(fitting) // 5)][:5]
     outputs = generate(model, tokenizer, [e.prompt for e in shown], s.eval_batch, **s.search())
-    prompts = [tokenizer.decode(e.prompt).partition("### ")[2] for e in shown]
-    right = [tokenizer.decode(e.answer).strip() for e in shown]
-    out.write_samples([*zip(prompts, outputs, right, strict=True)])
+    samples = []
+    for e, output in zip(shown, outputs, strict=True):
+        prompt = tokenizer.decode(e.prompt).partition("### ")[2]
+        samples.append((prompt, output, tokenizer.decode(e.answer).strip()))
+    out.write_samples(samples)
     if isinstance(model.layers, MoLEx):
         model.layers.routes.counts.zero_()  # the routes to look at are those of the whole dev set
     return {"dev_loss": dev_loss(model, dev, s.eval_batch)}
 
 
-def decode_test(
-    model: Transformer, tokenizer: Tokenizer, s: Settings
-) -> tuple[Texts, Texts, References]:
+def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
     """E2E's test MRs, the model's outputs and the references, each output on one line."""
     mrs, references = group_references(read_e2e(s.data, "test"))
-    mrs, references = mrs[: s.test_limit], references[: s.test_limit]
-    references = [[clean(r) for r in group] for group in references]
+    mrs = mrs[: s.test_limit]
+    references = [[clean(r) for r in group] for group in references[: s.test_limit]]
     prompts = [e2e_prompt(mr) for mr in mrs]
     outputs = generate(model, tokenizer, prompts, s.eval_batch, **s.search())
     return mrs, [clean(" ".join(output.split())) for output in outputs], references
@@ -569,9 +545,8 @@ def main() -> None:
         scores = e2e_scores(*read_outputs(args.predictions, args.references))
     else:
         raise InputError("give a run folder, or both --predictions FILE and --references FILE")
-    shown = tuple({name for task in TASKS.values() for name in task.scores})
     for name, value in scores.items():
-        if name.startswith(shown):  # also accuracy_matched
+        if isinstance(value, float) and name not in ("train_loss", "seconds_per_step"):
             print(f"{name:20}{value:8.4f}")
     if args.json:
         print(json.dumps(scores))

@@ -42,11 +42,7 @@ class LoRA(nn.Module):
 
 
 def add_lora(
-    model: Transformer,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: tuple[str, ...] = ("q", "v"),
+    model: Transformer, r: int, alpha: float, dropout: float = 0.0, targets: tuple = ("q", "v")
 ) -> Transformer:
     """Put a LoRA on the `targets` (of q, k, v, o) of every layer. All else is frozen, except a
     classification head. Changes the model and returns it."""
@@ -76,9 +72,6 @@ def merge(model: nn.Module) -> None:
             lora.merged = True
 
 
-# ---------------------------------------------------------------------------------- what is trained
-
-
 def adapt(model: Transformer, tune: str, r: int, alpha: float, dropout: float) -> Transformer:
     """Choose what is trained beside a classification head: "lora", "full" (every parameter) or
     "bitfit" (every bias, Zaken et al., 2021)."""
@@ -97,11 +90,16 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def task_head(model: Transformer) -> set[str]:
-    """The names of the parameters of a classification head. They are not counted as trainable
-    (as in Table 1) and not taken over from another run."""
+    """The names of a classification head's parameters, which no other run takes over."""
     if not isinstance(model.head, ClassificationHead):
         return set()
     return {"head." + name for name, _ in model.head.named_parameters()}
+
+
+def trainable(model: Transformer) -> int:
+    """How many parameters are trained, without a classification head (as in Table 1)."""
+    head = task_head(model)
+    return sum(p.numel() for name, p in trained_tensors(model).items() if name not in head)
 
 
 def adapters(model: Transformer) -> dict[str, Tensor]:
@@ -109,10 +107,7 @@ def adapters(model: Transformer) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
 
 
-# ------------------------------------------------------------------- other people's files of a LoRA
-
-
-OTHER_SHAPE = "was made for a model of another shape or rank: it"  # and what is wrong
+OTHER_SHAPE = "was made for a model of another shape or rank: it"
 
 
 def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
@@ -136,7 +131,7 @@ def load_loralib(model: Transformer, file: Path) -> None:
     """Fill a RoBERTa's LoRA from a .bin file of the LoRA paper's own code."""
     tensors = read_loralib(file)
     if model.config.family != "roberta":
-        raise InputError(f"{file} holds no lora_A and lora_B for a {model.config.family}")
+        raise InputError(f"{file} is for a RoBERTa, which this model is not")
     fill(adapters(model), tensors, f"{file} {OTHER_SHAPE}")
 
 

@@ -26,13 +26,10 @@ from torch import Tensor, nn
 from support.checkpoints import checkpoint_folder, read_checkpoint, read_config
 from support.files import InputError, check_tensors
 
-# ------------------------------------------------------------------------------------ configuration
-
 
 @dataclass(frozen=True)
 class Config:
-    """What a checkpoint's config.json says, in one vocabulary for the three families
-    (support/checkpoints.py translates it)."""
+    """What a checkpoint's config.json says, in one vocabulary (see support/checkpoints.py)."""
 
     family: str  # "gpt2", "roberta" or "llama"
     vocab_size: int
@@ -65,9 +62,6 @@ class Config:
     def load(cls, name: str | Path) -> "Config":
         """Of a checkpoint folder or hub name. Raises InputError if it is not supported."""
         return cls(**read_config(checkpoint_folder(name)))
-
-
-# ------------------------------------------------------------- what the layers of one pass share
 
 
 class Cache:
@@ -119,9 +113,8 @@ class Context:
     rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d)
     cache: Cache | None = None
 
-    def tensors(self) -> list[Tensor]:
-        every = (self.real, self.prompt, self.mask, *(self.rope or ()))
-        return [x for x in every if x is not None]
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.real, self.prompt, self.mask, *(self.rope or ())
 
 
 def attention_mask(seen: Tensor, N: int, causal: bool) -> Tensor:
@@ -134,9 +127,6 @@ def attention_mask(seen: Tensor, N: int, causal: bool) -> Tensor:
     # A padding token sees itself, so that no row of the softmax is empty (NaN).
     itself = torch.eye(N, S, dtype=torch.bool, device=seen.device).roll(past, dims=1)
     return mask | itself
-
-
-# ------------------------------------------------------------------------------- rotary positions
 
 
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,13 +150,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).type_as(x)
 
 
-# ----------------------------------------------------------------------------------------- modules
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": nn.GELU(approximate="tanh"), "silu": F.silu}
 
 
 def norm(config: Config) -> nn.Module:
@@ -203,15 +187,11 @@ class Attention(nn.Module):
         if groups > 1 and x.is_cuda:
             k = k.repeat_interleave(groups, dim=1)
             v = v.repeat_interleave(groups, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        causal = ctx.causal and ctx.mask is None
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=ctx.mask,
-                is_causal=ctx.causal and ctx.mask is None,
-                dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=not x.is_cuda,
+                q, k, v, ctx.mask, dropout, causal, enable_gqa=not x.is_cuda
             )
         return self.o(y.transpose(1, 2).reshape(B, N, -1))
 
@@ -381,14 +361,9 @@ class Transformer(nn.Module):
         position = (position - 1).clamp(min=0) + c.first_position
         if c.first_position:  # the row before the first is that of padding
             position = position.masked_fill(~real, c.first_position - 1)
-        ctx = Context(
-            real=real,
-            prompt=real if prompt is None else prompt.bool() & real,
-            mask=looks,
-            causal=c.causal and N > 1,
-            rope=rope_angles(c, position) if c.rotary else None,
-            cache=cache,
-        )
+        prompt = real if prompt is None else prompt.bool() & real
+        rope = rope_angles(c, position) if c.rotary else None
+        ctx = Context(real, prompt, looks, c.causal and N > 1, rope, cache)
 
         # 3) Embeddings, layers, norm.
         z = self.embed(ids)
@@ -398,8 +373,7 @@ class Transformer(nn.Module):
             z = z + self.token_type.weight[0]
         if c.post_norm:
             z = self.norm(z)
-        z = F.dropout(z, c.dropout, self.training)
-        z = self.layers(z, ctx)
+        z = self.layers(F.dropout(z, c.dropout, self.training), ctx)
         return z if c.post_norm else self.norm(z)
 
     def logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
@@ -412,11 +386,7 @@ class Transformer(nn.Module):
         return h if self.hidden_only else F.linear(h, self.embed.weight)
 
     def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        prompt: Tensor | None = None,
-        **more: object,
+        self, ids: Tensor, mask: Tensor | None = None, prompt: Tensor | None = None, **more: object
     ) -> Tensor:
         """Token ids (B, N) -> logits (B, N, vocabulary) or (B, labels); see `hidden`."""
         return self.logits(self.hidden(ids, mask, prompt, **more), mask)
@@ -434,9 +404,6 @@ class Transformer(nn.Module):
         if logits.shape[-1] == 1:
             return F.mse_loss(logits[:, 0], batch.target.float(), reduction="sum")
         return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
-
-
-# ----------------------------------------------------------------------------------------- loading
 
 
 def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:

@@ -23,7 +23,6 @@ parameters are the gate's and, if it is learned, alpha.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +89,7 @@ def prob(log_a: Tensor) -> Tensor:
 
 
 GATES = {"linear": linear_gate, "cosine": CosineGate}
-LOG_AFFINITIES = {"softmax": partial(F.log_softmax, dim=-1), "sigmoid": F.logsigmoid}
+LOG_AFFINITIES = {"softmax": nn.LogSoftmax(dim=-1), "sigmoid": F.logsigmoid}
 VOTES = {"mode": by_mode, "mean": by_mean}
 WEIGHTS = {"renormalised": renormalised, "prob": prob}
 
@@ -145,7 +144,6 @@ class MoLEx(nn.Module):
         if config.learn_alpha:  # behind a sigmoid, so that it stays between 0 and 1
             start = math.log(config.alpha / (1 - config.alpha))
             self.alpha_logit = nn.Parameter(torch.full((copies,), start))
-        self.register_buffer("numbers", torch.arange(T), persistent=False)
         self.load_balance: Tensor | None = None
         self.routes = RouteLog(T, self.slots, config.top_k)
         self.bank = LayerBank(blocks)  # for on_device
@@ -160,7 +158,6 @@ class MoLEx(nn.Module):
             return self.alpha_logit[self.copy(t)].sigmoid()
         return self.config.alpha
 
-    @torch.no_grad()
     def mean_alpha(self) -> float:
         """Of the slots that mix."""
         if self.config.learn_alpha:
@@ -178,7 +175,8 @@ class MoLEx(nn.Module):
                 z = self.mix(t, z, ctx)
             else:
                 z = block(z, ctx, (t, t))
-        self.routes.end_pass(len(z), self.load_balance if self.config.route == "batch" else None)
+        noted = self.load_balance if self.config.route == "batch" else None
+        self.routes.end_pass(len(z), noted)
         self.bank.clear()
         return z
 
@@ -193,7 +191,7 @@ class MoLEx(nn.Module):
         own = self.blocks[t](z, ctx, (t, t))
         with torch.cuda.stream(side):  # None, on the CPU, changes nothing
             log_a = self.log_affinity(t, z)
-            favourite = log_a.argmax(-1, keepdim=True) == self.numbers  # (B, N, T) bool
+            favourite = log_a.argmax(-1, keepdim=True) == self.routes.numbers  # (B, N, T)
             if self.training:
                 balance = self.balance(log_a, favourite, ctx.real)
                 self.load_balance = self.load_balance + balance / len(self.slots)
@@ -202,14 +200,15 @@ class MoLEx(nn.Module):
             chosen = self.run_chosen(t, z, ctx, picks, w)
         join(side, [*chosen, *self.routes.open[-1:]])
         u = own - z
-        updates = [w_j * (u if output is None else output - z) for w_j, output in chosen]
+        updates = []
+        for w_j, output in chosen:
+            u_j = u if output is None else output - z
+            updates.append(w_j * u_j)
         v = sum(updates[1:], start=updates[0])
         # z + alpha u + (1 - alpha) v, written so that it is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
 
-    def run_chosen(
-        self, t: int, z: Tensor, ctx: Context, picks: Tensor, w: Tensor
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    def run_chosen(self, t: int, z: Tensor, ctx: Context, picks: Tensor, w: Tensor) -> list[tuple]:
         """For each chosen layer its weight (B, N, 1) and output (B, N, D); no output for layer t,
         which runs anyway. If each sequence decides, a layer that any of them has chosen runs for
         all, with weight zero for the others."""
@@ -220,8 +219,10 @@ class MoLEx(nn.Module):
                 chosen.append((w[..., k : k + 1], output))
             return chosen
         for j in sorted(set(picks.flatten().tolist())):  # the CPU waits here for the vote
-            weight = (w * (picks == j)[:, None]).sum(-1, keepdim=True)
-            chosen.append((weight, None if j == t else self.blocks[j](z, ctx, (t, j))))
+            mine = (picks == j)[:, None]
+            weight = (w * mine).sum(-1, keepdim=True)
+            output = None if j == t else self.blocks[j](z, ctx, (t, j))
+            chosen.append((weight, output))
         return chosen
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
@@ -231,7 +232,8 @@ class MoLEx(nn.Module):
         layer is next to impossible still has finite weights.
         """
         with torch.autocast(z.device.type, enabled=False):
-            scores = self.gates[self.copy(t)](z.to(torch.promote_types(z.dtype, torch.float32)))
+            gate = self.gates[self.copy(t)]
+            scores = gate(z.to(torch.promote_types(z.dtype, torch.float32)))
             return LOG_AFFINITIES[self.config.activation](scores)
 
     def choose(self, t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
@@ -245,7 +247,8 @@ class MoLEx(nn.Module):
         voter = ctx.prompt[..., None]
         # in float64, so that the order of summation (padding, processes) does not turn a vote
         votes = (favourite * voter).sum(1, dtype=torch.float64)  # (B, T)
-        affinity = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
+        a = log_a.detach().exp()
+        affinity = (a * voter).sum(1, dtype=torch.float64)
         if self.config.route == "batch":
             votes = votes.sum(0, keepdim=True)
             affinity = affinity.sum(0, keepdim=True)
@@ -259,24 +262,27 @@ class MoLEx(nn.Module):
 
     def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
         """w_nj of the chosen layers, (B, N, K); WEIGHTS has two readings of the paper."""
-        kept = log_a.gather(-1, picks[:, None].expand(*log_a.shape[:2], -1))
+        B, N, _ = log_a.shape
+        kept = log_a.gather(-1, picks[:, None].expand(B, N, -1))
         return WEIGHTS[self.config.gate_weight](kept)
 
     def balance(self, log_a: Tensor, favourite: Tensor, real: Tensor) -> Tensor:
         """The load-balance loss of one slot (Fedus et al., 2022): T sum_j f_j P_j over real tokens,
         where f_j is the share of tokens whose favourite is j and P_j the mean affinity for j. It is
         1 where all layers fare alike. (A sigmoid's affinities are first made to add up to 1.)"""
-        f = (favourite * real[..., None]).sum((0, 1)).to(log_a.dtype)
+        real = real[..., None]
+        f = (favourite * real).sum((0, 1)).to(log_a.dtype)
         sum_over_processes(f)
         tokens = f.sum()
-        P = (log_a.softmax(-1) * real[..., None]).sum((0, 1)) / tokens
+        P = (log_a.softmax(-1) * real).sum((0, 1)) / tokens
         return len(f) * (f / tokens * P).sum()
 
 
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
     """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model and
     returns it. Only the gate and a learned alpha are new; they are trainable."""
-    molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
+    config = config or MoLExConfig()
+    molex = MoLEx(model.layers.blocks, model.config.d_model, config)
     model.layers = molex.to(model.device)
     return model.train(model.training)
 

@@ -41,28 +41,17 @@ from data import (
     read_examples,
     shuffled_batches,
 )
-from eval import build, dev_scores, evaluate_run, read_run
+from eval import Splits, build, dev_scores, evaluate_run, read_run
 from lora import load_loralib, task_head, trained_tensors
 from model import Transformer
 from molex import MoLEx, MoLExConfig
 from support.cli import command_line, pick_device
 from support.cuda import GraphedStep
-from support.files import InputError, fill, locked
-from support.processes import (
-    end_processes,
-    is_first,
-    start_processes,
-    sum_over_processes,
-    wait_for_all,
-    world,
-)
-from support.runs import SAVE_SECONDS, RunFolder, Stop
+from support.files import InputError, fill, locked, signals_wait
+from support.processes import is_first, sum_over_processes, torchrun, wait_for_all, world
+from support.runs import SAVE_SECONDS, RunFolder
 from support.settings import Settings, paper_settings, parse_command
-from support.tables import report, report_pictures
-
-Splits = dict[str, list[Example]]  # name of a dev split -> its examples
-
-# --------------------------------------------------------------------------------------- one step
+from support.tables import pictures, report
 
 
 def train_step(
@@ -81,11 +70,7 @@ def train_step(
 
 
 def update(
-    model: Transformer,
-    optimizer: Optimizer,
-    micros: list[Batch],
-    targets: int | Tensor,
-    s: Settings,
+    model: Transformer, optimizer: Optimizer, micros: list[Batch], targets: float, s: Settings
 ) -> Tensor:
     """The loss is the mean over all `targets`, whatever the micro-batches and processes they are
     spread over; load balance is a mean over the micro-batches."""
@@ -152,12 +137,6 @@ class Progress:
     loss_sum: float = 0.0  # of the epoch
     curve: list[dict] = field(default_factory=list)  # of the epoch, a point every 25 steps
 
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
 
 def fit(
     s: Settings, folder: Path, model: Transformer, examples: list[Example], dev: Splits
@@ -167,12 +146,13 @@ def fit(
     first = is_first()
     run = RunFolder(folder, TASKS[s.task].metric)
     lengths = [len(e) for e in examples]
+    counts = dict(train=len(examples), dev=sum(len(split) for split in dev.values()))
     per_epoch = math.ceil(len(examples) / s.batch_size)
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
     at = Progress()
-    state = dict(progress=at, optimizer=optimizer, schedule=schedule)
-    state["tensors"] = trained_tensors(model)
+    tensors = trained_tensors(model)
+    state = dict(progress=vars(at), optimizer=optimizer, schedule=schedule, tensors=tensors)
     if s.molex:
         state["routes"] = model.layers.routes.training_state()
     run.start(s, data_files(s.task, s.data), state, model.device, first)
@@ -186,21 +166,20 @@ def fit(
             seed = 1000 * s.seed + epoch
             batches = shuffled_batches(lengths, s.batch_size, seed, s.length_groups)
             losses, saved = [], time.perf_counter()
-            with Stop(first) as stop:  # Ctrl-C and SIGTERM wait for the end of a step
+            with signals_wait(first) as signals:  # Ctrl-C waits for the end of a step
                 for indices in batches[done : done + steps - at.step]:
                     # 2) A step.
                     started = time.perf_counter()
                     batch = [examples[i] for i in indices]
-                    if graphed:
-                        losses.append(graphed(batch))
-                    else:
-                        losses.append(train_step(model, optimizer, batch, s))
+                    loss = graphed(batch) if graphed else train_step(model, optimizer, batch, s)
+                    losses.append(loss)
                     schedule.step()
                     at.step += 1
                     bar.update()
                     # 3) Now and then the CPU waits for the losses, for a point of the curve.
                     last = at.step == steps or at.step % per_epoch == 0
-                    save = last or stop.asked or started - saved > SAVE_SECONDS
+                    stop = bool(signals)  # read once: it decides on two things
+                    save = last or stop or started - saved > SAVE_SECONDS
                     point = last or at.step % 25 == 0
                     if point or save:
                         add_losses(at, losses, model, per_epoch, run.path)
@@ -212,9 +191,12 @@ def fit(
                     if save and first:
                         run.save(state, model.device)
                         saved = time.perf_counter()
-                    stop.raise_if_asked()
+                    if stop:
+                        break
             if first:
-                end_epoch(s, run, model, examples, dev, at, at.step - epoch * per_epoch)
+                train_loss = at.loss_sum / (at.step - epoch * per_epoch)
+                entry = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, examples=counts)
+                end_epoch(s, run, model, dev, at, entry)
                 run.save(state, model.device)
 
 
@@ -232,8 +214,9 @@ def add_losses(
 ) -> None:
     """Add the last steps' losses to the epoch's. Raises InputError if they, or the weights, are
     not finite; the last state stays."""
-    finite = all(p.isfinite().all() for p in trained_tensors(model).values())
-    values = torch.stack(losses).tolist()  # one transfer for all
+    tensors = trained_tensors(model).values()
+    finite = torch.stack([p.isfinite().all() for p in tensors]).all()  # one transfer for all
+    values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=at.step - len(values) + 1):
         at.loss_sum += loss
         if not math.isfinite(at.loss_sum) or (step == at.step and not finite):
@@ -244,28 +227,14 @@ def add_losses(
 
 
 def end_epoch(
-    s: Settings,
-    run: RunFolder,
-    model: Transformer,
-    examples: list[Example],
-    dev: Splits,
-    at: Progress,
-    batches: int,
+    s: Settings, run: RunFolder, model: Transformer, dev: Splits, at: Progress, entry: dict
 ) -> None:
     """Score the dev set, note it in the log, and keep the weights if no epoch was better."""
     found = dev_scores(model, s.task, dev, s.eval_batch)
-    train_loss = at.loss_sum / batches
-    entry = dict(epoch=len(at.log) + 1, step=at.step, train_loss=train_loss, **found)
-    entry["seconds_per_step"] = at.seconds / at.step
-    entry["examples"] = dict(train=len(examples), dev=sum(len(split) for split in dev.values()))
-    entry["curve"] = at.curve
-    at.log.append(entry)
+    at.log.append(dict(entry, **found, seconds_per_step=at.seconds / at.step, curve=at.curve))
     run.write_log(at.log, trained_tensors(model))
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
-    tqdm.write(f"epoch {entry['epoch']}: train loss {train_loss:.4f}, {scores}")
-
-
-# --------------------------------------------------------------------------- what a run starts from
+    tqdm.write(f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, {scores}")
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -348,9 +317,6 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Settings]]:
     """The command line, and the settings of every run it asks for, in order. Raises InputError."""
     args, runs = parse_command(MoLExConfig, TASKS, argv)
@@ -361,19 +327,18 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Setti
 
 def main() -> None:
     args, runs = parse()
-    device = start_processes(pick_device(args.device))
     borrowed = paper_settings(runs[0].shape, runs[0].task)[1]
-    if is_first() and borrowed:
-        print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
-    for s in runs:
-        run(s, args.out, args.fresh, device)
-    if is_first():
-        print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
-        report(runs, args.out, TASKS)
-        if len(runs) > 1:
-            report_pictures(runs, args.out, TASKS)
-        print("\nruns:", *(str(args.out / s.name) for s in runs))
-    end_processes()
+    with torchrun(pick_device(args.device)) as device:
+        if is_first() and borrowed:
+            print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
+        for s in runs:
+            run(s, args.out, args.fresh, device)
+        if is_first():
+            print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
+            report(runs, args.out, TASKS)
+            if len(runs) > 1:
+                pictures(runs, args.out, TASKS)
+            print("\nruns:", *(str(args.out / s.name) for s in runs))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,6 @@ class Adapter(NamedTuple):
     tensors: Tensors
 
 
-# ------------------------------------------------------------------------ GPT-2's q, k and v in one
-
-
 def fuse(q: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """One LoRA (A, B) of rank 2r for GPT-2's c_attn, whose output stacks q, k and v.
 
@@ -59,9 +56,6 @@ def split(w: Tensor, side: str, D: int, where: str) -> Tensors:
     return parts
 
 
-# ------------------------------------------------------------------------------------------- peft's
-
-
 def write_peft(
     folder: Path, family: str, tensors: Tensors, r: int, alpha: float, dropout: float, base: str
 ) -> None:
@@ -75,10 +69,8 @@ def write_peft(
     paths = ["attn.c_attn"] if fused else [hub["peft"][p] for p in targets]
     out = {}
     for i in sorted({int(name.split(".")[2]) for name in tensors}):
-        pairs = [
-            tuple(tensors[f"layers.blocks.{i}.attn.{p}.{side}"].detach() for side in "AB")
-            for p in targets
-        ]
+        names = [f"layers.blocks.{i}.attn.{p}" for p in targets]
+        pairs = [(tensors[f"{n}.A"].detach(), tensors[f"{n}.B"].detach()) for n in names]
         if fused:
             pairs = [fuse(*pairs)]
         for path, (A, B) in zip(paths, pairs, strict=True):
@@ -86,18 +78,10 @@ def write_peft(
             out[f"{key}.lora_A.weight"] = A.cpu().contiguous()
             out[f"{key}.lora_B.weight"] = B.cpu().contiguous()
     parent = r"^(attn|self_attn|attention.self)\."  # "dense" alone would name others, too
-    config = dict(
-        peft_type="LORA",
-        base_model_name_or_path=base,
-        task_type=None,
-        bias="none",
-        r=r * factor,
-        lora_alpha=alpha * factor,
-        lora_dropout=dropout,
-        inference_mode=True,
-        fan_in_fan_out=fused,
-        target_modules=sorted(re.sub(parent, "", path) for path in paths),
-    )
+    modules = sorted(re.sub(parent, "", path) for path in paths)
+    config = dict(peft_type="LORA", base_model_name_or_path=base, task_type=None, bias="none")
+    config.update(r=r * factor, lora_alpha=alpha * factor, lora_dropout=dropout)
+    config.update(inference_mode=True, fan_in_fan_out=fused, target_modules=modules)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(out, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -132,16 +116,9 @@ def read_peft(folder: Path, family: str, d_model: int) -> Adapter:
     if not found:
         raise InputError(f"{folder} holds no LoRA")
     factor = 2 if family == "gpt2" else 1
-    return Adapter(
-        r=config["r"] // factor,
-        alpha=config["lora_alpha"] / factor,
-        dropout=config["lora_dropout"],
-        targets=tuple(sorted({name.split(".")[-2] for name in found})),
-        tensors=found,
-    )
-
-
-# ------------------------------------------------------------------------ the LoRA paper's own code
+    r, alpha = config["r"] // factor, config["lora_alpha"] / factor
+    targets = tuple(sorted({name.split(".")[-2] for name in found}))
+    return Adapter(r, alpha, config["lora_dropout"], targets, found)
 
 
 def read_loralib(file: Path) -> Tensors:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-# ---------------------------------------------------------------------------------- a second stream
-
 _SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -47,9 +45,6 @@ def join(side: torch.cuda.Stream | None, outputs: list[tuple[Tensor | None, ...]
     main.wait_stream(side)
     for x in (x for group in outputs for x in group if x is not None):
         x.record_stream(main)
-
-
-# ------------------------------------------------------------- layers chosen by a number on the GPU
 
 
 class LayerBank:
@@ -89,9 +84,6 @@ class LayerBank:
 
     def clear(self) -> None:
         self.matrices = []
-
-
-# -------------------------------------------------------------------------------------- CUDA graphs
 
 
 class GraphedStep:

@@ -36,9 +36,6 @@ def reason(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-# ------------------------------------------------------------------------------------------ reading
-
-
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file. Raises InputError if it cannot be read or is empty."""
     try:
@@ -202,21 +199,26 @@ def locate(path: str | Path) -> Path:
         raise InputError(f"{path} is not a path: {error.strerror}") from None
 
 
-# ------------------------------------------------------------------------------------------ writing
-
-
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block."""
-    come, signals = [], (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda n, _: come.append(n)) for n in signals}
+def signals_wait(active: bool = True) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait until the end of the block, where they count; inside it, the list
+    says whether one has come. A second one ends the block at once. Not active: nothing changes."""
+    come = []
+
+    def note(number: int, _: object) -> None:
+        if come:
+            raise KeyboardInterrupt(number)
+        come.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM) if active else ()
+    before = {number: signal.signal(number, note) for number in signals}
     try:
-        yield
+        yield come
     finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-        for n in come:
-            signal.raise_signal(n)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in come:
+        signal.raise_signal(number)
 
 
 def locked(folder: Path) -> AbstractContextManager:
@@ -241,7 +243,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     So does a full disk or a missing permission, which raises InputError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with uninterrupted():
+        with signals_wait():
             write(temporary)
             os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -33,10 +35,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def start_processes(device: torch.device) -> torch.device:
-    """Let the processes of torchrun find each other; returns this one's device."""
+@contextmanager
+def torchrun(device: torch.device) -> Iterator[torch.device]:
+    """Within `with`, the processes that torchrun has started know each other; gives this one's
+    device. Without torchrun nothing changes."""
     if "RANK" not in os.environ:
-        return device
+        yield device
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -44,9 +49,5 @@ def start_processes(device: torch.device) -> torch.device:
     if not is_first():  # the first saves the state, after a step of all
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    return device
-
-
-def end_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()

@@ -18,7 +18,6 @@ import json
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -87,15 +86,12 @@ class RunFolder:
         shutil.rmtree(removed)
 
     def save(self, state: dict, device: torch.device) -> None:
-        """`state`: name -> something with a state_dict, or tensors by name."""
+        """`state`: name -> what has a state_dict, or tensors by name, or other values by name."""
         saved = {"origin": self.origin, "rng": torch.get_rng_state()}
         if device.type == "cuda":
             saved["cuda_rng"] = torch.cuda.get_rng_state(device)
         for name, part in state.items():
-            if hasattr(part, "state_dict"):
-                saved[name] = part.state_dict()
-            else:
-                saved[name] = {key: x.detach() for key, x in part.items()}
+            saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
         write_atomic(self.path / "last.pt", lambda path: torch.save(saved, path))
 
     def start(
@@ -123,8 +119,10 @@ class RunFolder:
         for name, part in state.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(saved[name])
-            else:
+            elif all(isinstance(value, Tensor) for value in part.values()):
                 fill(part, saved[name], last)
+            else:
+                part.update(saved[name])
         if not first:  # the other processes go on with dropout of their own
             return
         for name in differences(then["versions"], now["versions"]):
@@ -184,18 +182,19 @@ class RunFolder:
         with locked(out.path):
             yield out
 
-    def write_lines(self, file: str, lines: Iterable[str]) -> None:
-        write_text(self.path / file, "".join(f"{line}\n" for line in lines))
+    def write_table(self, header: list[str], rows: Iterable[tuple]) -> None:
+        """predictions.tsv, a line for each row."""
+        lines = ["\t".join(map(str, row)) + "\n" for row in (header, *rows)]
+        write_text(self.path / "predictions.tsv", "".join(lines))
 
     def write_references(self, groups: list[list[str]]) -> None:
         """As the E2E challenge has them: one a line, an empty line between groups."""
-        texts = []
-        for group in groups:
-            texts += [" ".join(reference.split()) for reference in group] + [""]
-        self.write_lines("references.txt", texts)
+        blocks = ["".join(" ".join(text.split()) + "\n" for text in group) for group in groups]
+        write_text(self.path / "references.txt", "\n".join(blocks))
 
-    def write_samples(self, items: list[tuple[str, str, str]]) -> None:
+    def write_samples(self, items: Iterable[tuple[str, str, str]]) -> None:
         """At most five of these texts, each with the output and what is right."""
+        items = list(items)
         chosen = items[:: max(1, len(items) // 5)][:5]
         parts = [f"{text}\n  output:    {o}\n  reference: {r}\n" for text, o, r in chosen]
         write_text(self.path / "samples.txt", "\n".join(parts))
@@ -228,9 +227,6 @@ class RunFolder:
         return outputs, [group.split("\n") for group in groups]
 
 
-# ---------------------------------------------------------------------------- what a run is made of
-
-
 def differences(then: dict, now: dict) -> list[str]:
     """The names that have another value."""
     return [name for name in then | now if then.get(name) != now.get(name)]
@@ -255,13 +251,8 @@ def origin(s: Settings, data: Iterable[Path]) -> dict:
         with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
-    return dict(
-        settings=s.as_json(),
-        files=hashes,
-        versions=versions,
-        command=shlex.join(sys.argv),
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
-    )
+    command, date = shlex.join(sys.argv), datetime.now().astimezone().isoformat(timespec="seconds")
+    return dict(settings=s.as_json(), files=hashes, versions=versions, command=command, date=date)
 
 
 def commit() -> str | None:
@@ -271,31 +262,3 @@ def commit() -> str | None:
         return None
     command = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-class Stop:
-    """Within `with`, Ctrl-C and SIGTERM wait for `raise_if_asked`; a second one ends at once.
-    Not active: nothing changes."""
-
-    def __init__(self, active: bool = True) -> None:
-        self.asked, self.before = 0, {}
-        self.signals = (signal.SIGINT, signal.SIGTERM) if active else ()
-
-    def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self.ask) for number in self.signals}
-        return self
-
-    def ask(self, number: int, _: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt(number)
-        self.asked = number
-
-    def raise_if_asked(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt(self.asked)
-
-    def __exit__(self, error: type | None, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if error is None:
-            self.raise_if_asked()

