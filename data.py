@@ -38,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, vocab: dict[str, int], merges: list, pattern: str, config: Config, start: list = ()
+        self, config: Config, vocab: dict[str, int], merges: list, pattern: str, start: list = ()
     ) -> None:
         self.encoder, self.start = not config.causal, list(start)
         self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
@@ -61,10 +61,11 @@ class Tokenizer:
     def load(cls, name: str | Path, config: Config) -> "Tokenizer":
         """The tokenizer of a checkpoint folder or hub name. Raises InputError if it has none, or
         one that is no byte-level BPE."""
-        vocab, merges, pattern, start = read_tokenizer(name, config.vocab_size)
         try:
-            return cls(vocab, merges, pattern, config, start)
-        except (LookupError, TypeError, ValueError, regex.error) as error:
+            return cls(config, *read_tokenizer(name, config.vocab_size))
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, regex.error) as error:
             raise InputError(f"the tokenizer in {name} cannot be read: {error!r}") from error
 
     def encode(self, text: str) -> list[int]:

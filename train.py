@@ -124,9 +124,6 @@ def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimiz
     return optimizer, LambdaLR(optimizer, rate)
 
 
-# --------------------------------------------------------------------------------------- the loop
-
-
 @dataclass
 class Progress:
     """How far a run has come."""
@@ -151,11 +148,11 @@ def fit(
     steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
     optimizer, schedule = make_optimizer(model, s, steps)
     at = Progress()
-    tensors = trained_tensors(model)
+    tensors = {name: p.detach() for name, p in trained_tensors(model).items()}
     state = dict(progress=vars(at), optimizer=optimizer, schedule=schedule, tensors=tensors)
     if s.molex:
         state["routes"] = model.layers.routes.training_state()
-    run.start(s, data_files(s.task, s.data), state, model.device, first)
+    run.start(s, data_files(s.task, s.data), state, model.device)
     graphed = graphed_step(model, optimizer, s) if s.cuda_graphs else None
 
     with tqdm(total=steps, initial=at.step, desc=s.name, disable=not first) as bar:

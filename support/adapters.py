@@ -30,11 +30,8 @@ class Adapter(NamedTuple):
 
 
 def fuse(q: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One LoRA (A, B) of rank 2r for GPT-2's c_attn, whose output stacks q, k and v.
-
-    A holds q's rows above v's; B is block-shaped, with zeros for k. With alpha doubled as well, the
-    scale alpha / r is the same.
-    """
+    """One LoRA (A, B) of rank 2r for GPT-2's c_attn, whose output stacks q, k and v. A holds q's
+    rows above v's; B is block-shaped, with zeros for k."""
     (A_q, B_q), (A_v, B_v) = q, v
     D, r = B_q.shape
     B = B_q.new_zeros(3 * D, 2 * r)
@@ -46,10 +43,9 @@ def fuse(q: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 def split(w: Tensor, side: str, D: int, where: str) -> Tensors:
     """The inverse of `fuse`: of c_attn's A or B the parts of q and v. Raises InputError if it is
     not made of two such parts."""
+    half = w.shape["AB".index(side)] // 2
     if side == "A":
-        half = w.shape[0] // 2
         return dict(q=w[:half], v=w[half:])
-    half = w.shape[1] // 2
     parts = dict(q=w[:D, :half], v=w[2 * D :, half:])
     if sum(part.count_nonzero() for part in parts.values()) != w.count_nonzero():
         raise InputError(f"{where} is not one for q and one for v")
@@ -65,7 +61,7 @@ def write_peft(
     targets = sorted({name.split(".")[-2] for name in tensors})
     if fused and targets != ["q", "v"]:
         raise InputError("for GPT-2, peft's format is written for LoRA on q and v only")
-    factor = 2 if fused else 1
+    factor = 2 if fused else 1  # of alpha, too, so that alpha / r is the same
     paths = ["attn.c_attn"] if fused else [hub["peft"][p] for p in targets]
     out = {}
     for i in sorted({int(name.split(".")[2]) for name in tensors}):

@@ -10,26 +10,15 @@ import reprlib
 import tomllib
 from pathlib import Path
 
-import regex
 import torch
 from torch import Tensor
 
-from support.files import (
-    COUNT,
-    FEW,
-    SHARE,
-    InputError,
-    check,
-    locate,
-    read_json,
-    read_tensors,
-    read_text,
-    reason,
-)
+from support.files import InputError, check, locate, read_json, read_tensors, read_text, reason
 
 FAMILIES = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
-NAMES = FAMILIES.pop("names")  # ours -> config.json's, in every family
-FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)  # see `check`
+NAMES, FIXED, REDUNDANT, PATTERNS = map(FAMILIES.pop, ("names", "fixed", "redundant", "patterns"))
+COUNT, FEW, SHARE = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1)  # see `check`
+FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)
 FORMS |= dict.fromkeys("n_layer n_head n_kv_head".split(), FEW)
 FORMS |= dict(activation=(str,), norm_eps=SHARE, dropout=SHARE, tied=(bool,), bias=(bool,))
 ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -41,10 +30,8 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     family = c.get("model_type")
     if str(family) not in FAMILIES:
         raise InputError(f"model_type {family!r} is not supported; use {', '.join(FAMILIES)}")
-    usual = dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
-    usual |= dict(scale_attn_weights=True, is_decoder=False, quantization_config=None)
-    usual |= dict(tie_word_embeddings=True) if family == "roberta" else {}
-    for name, value in usual.items():
+    fixed = {"quantization_config": None, **FIXED, **FAMILIES[family]["fixed"]}
+    for name, value in fixed.items():
         if c.get(name, value) != value:
             raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
 
@@ -81,10 +68,6 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     return check(config, dict(d_head=COUNT, max_positions=COUNT), where)
 
 
-# Tensors that say nothing the model needs: causal masks, position numbers, RoBERTa's pooler.
-REDUNDANT = r"\.attn\.(masked_)?bias$|^embeddings\.position_ids$|^pooler\.|inv_freq$"
-
-
 def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Hugging Face's state dict as ours: names, GPT-2's transposed and fused projections."""
     out = {}
@@ -99,10 +82,8 @@ def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         if ".attn.c_attn." in name:  # q, k and v in one
             for part, piece in zip("qkv", w.chunk(3), strict=False):
                 out[name.replace("c_attn", part)] = piece
-        elif name == "token_type.weight":
-            out[name] = w[:1]
         else:
-            out[name] = w
+            out[name] = w[:1] if name == "token_type.weight" else w
     for name, other in FAMILIES[config["family"]]["again"].items():
         if config["tied"] and name in out and other in out and torch.equal(out[name], out[other]):
             del out[name]
@@ -118,7 +99,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     files = [single if single.exists() else legacy]
     if index.exists():
         shards = read_json(index, {"weight_map": (dict,)})["weight_map"].values()
-        files = [folder / name for name in sorted({*map(str, shards)})]
+        files = [folder / name for name in sorted(set(map(str, shards)))]
     return {name: w for file in files for name, w in read_tensors(file).items()}
 
 
@@ -136,11 +117,11 @@ def checkpoint_folder(name: str | Path) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(str(name), allow_patterns=["pytorch_model.bin"])
         return folder
-    except Exception as error:  # offline, unknown, gated: many kinds, one thing to tell the user
-        if isinstance(error, GatedRepoError):
-            what = f"model '{name}' is gated: ask for access at https://huggingface.co/{name}"
-            way = "then log in with `hf auth login` or set HF_TOKEN to your access token"
-            raise InputError(f"{what}, {way}") from error
+    except GatedRepoError as error:
+        what = f"model '{name}' is gated: ask for access at https://huggingface.co/{name}"
+        way = "then log in with `hf auth login` or set HF_TOKEN to your access token"
+        raise InputError(f"{what}, {way}") from error
+    except Exception as error:  # offline, unknown, ...: many kinds, one thing to tell the user
         what = f"model '{name}' is neither a folder nor to be had from the hub"
         raise InputError(f"{what} ({reason(error)})") from error
 
@@ -160,13 +141,6 @@ def read_checkpoint(name: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, convert(read_weights(folder), config)
 
 
-# How text is cut into words before any merge: contractions, words, numbers, signs, spaces
-# (Radford et al., 2019).
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same with every digit on its own, as in SmolLM2.
-DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-
 def byte_symbols() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself if it prints, else from U+0100 on."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -177,36 +151,31 @@ def byte_symbols() -> dict[str, int]:
 
 
 def read_tokenizer(name: str | Path, size: int) -> tuple[dict, list, str, list]:
-    """Vocabulary, merges, word pattern and leading ids of tokenizer.json, or of vocab.json and
-    merges.txt; ids must be below `size`. Raises InputError if neither is there
-    or the tokenizer is no byte-level BPE."""
+    """Vocabulary, merges, word pattern and leading ids (below `size`) of tokenizer.json, or of
+    vocab.json and merges.txt. Raises InputError if there is neither, and whatever a file makes fail
+    that is no byte-level BPE's."""
     folder = checkpoint_folder(name)
-    path = folder / "tokenizer.json"
-    try:
-        if path.exists():
-            spec, start = read_json(path), []
-            if spec.get("normalizer"):
-                raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
-            vocab, pattern = spec["model"]["vocab"], word_pattern(spec["pre_tokenizer"])
-            merges = spec["model"]["merges"]
-            merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
-            start = leading_ids(spec.get("post_processor") or {})
-        elif not (folder / "vocab.json").exists():
-            raise InputError(f"{folder} holds no tokenizer.json and no vocab.json")
-        else:
-            vocab, start = read_json(folder / "vocab.json"), []
-            lines = read_text(folder / "merges.txt").split("\n")
-            merges = [m.split(" ") for m in lines if m and not m.startswith("#version")]
-            # Only where digits are not on their own can one follow a space (Ġ) or a digit.
-            joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
-            pattern = GPT2_PATTERN if joined else DIGITS_PATTERN
-        if not all(type(i) is int and 0 <= i < size for i in [*vocab.values(), *start]):
-            raise ValueError(f"it has ids that are not whole numbers below {size}")
-        return vocab, merges, pattern, start
-    except InputError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, regex.error) as error:
-        raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+    start = []
+    if (folder / "tokenizer.json").exists():
+        spec = read_json(folder / "tokenizer.json")
+        if spec.get("normalizer"):
+            raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
+        vocab, pattern = spec["model"]["vocab"], word_pattern(spec["pre_tokenizer"])
+        merges = spec["model"]["merges"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        start = leading_ids(spec.get("post_processor") or {})
+    elif (folder / "vocab.json").exists():
+        vocab = read_json(folder / "vocab.json")
+        lines = read_text(folder / "merges.txt").split("\n")
+        merges = [m.split(" ") for m in lines if m and not m.startswith("#version")]
+        # Only where digits are not on their own can one follow a space (Ġ) or a digit.
+        joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
+        pattern = PATTERNS["gpt2" if joined else "digits"]
+    else:
+        raise InputError(f"{folder} holds no tokenizer.json and no vocab.json")
+    if not all(type(i) is int and 0 <= i < size for i in [*vocab.values(), *start]):
+        raise ValueError(f"it has ids that are not whole numbers below {size}")
+    return vocab, merges, pattern, start
 
 
 def word_pattern(spec: dict | None) -> str:
@@ -216,9 +185,9 @@ def word_pattern(spec: dict | None) -> str:
     if not last.get("add_prefix_space"):
         by_gpt2 = last.get("use_regex", True)  # else by the step before
         if kinds == ["ByteLevel"] and by_gpt2:
-            return GPT2_PATTERN
+            return PATTERNS["gpt2"]
         if kinds == ["Digits", "ByteLevel"] and by_gpt2 and first["individual_digits"]:
-            return DIGITS_PATTERN
+            return PATTERNS["digits"]
         if kinds == ["Split", "ByteLevel"] and not by_gpt2 and first["behavior"] == "Isolated":
             return first["pattern"]["Regex"]  # Llama 3
     raise InputError(f"pre_tokenizer {' + '.join(map(str, kinds))} is no byte-level BPE known here")

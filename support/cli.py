@@ -47,15 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `low` to 2^31 - 1; torch overflows at
-    some larger ones."""
+    """The type of an argument: a whole number from `low` to 2^31 - 1 (torch may overflow above)."""
 
     def integer(text: str) -> int:
         number, high = int(text), 2**31 - 1
-        if not low <= number <= high:
-            beyond = f"less than {low}" if number < low else f"more than {high}"
-            raise argparse.ArgumentTypeError(f"{text} is {beyond}")
-        return number
+        if low <= number <= high:
+            return number
+        beyond = f"less than {low}" if number < low else f"more than {high}"
+        raise argparse.ArgumentTypeError(f"{text} is {beyond}")
 
     return integer
 

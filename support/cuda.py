@@ -30,11 +30,10 @@ def share(*tensors: Tensor | None) -> torch.cuda.Stream | None:
 
 def fork(z: Tensor) -> torch.cuda.Stream | None:
     """The second stream, which goes on from here and may read z; None on the CPU."""
-    if z.is_cuda:
-        side = share(z)
+    side = share(z)
+    if side is not None:
         side.wait_stream(torch.cuda.current_stream(z.device))
-        return side
-    return None
+    return side
 
 
 def join(side: torch.cuda.Stream | None, outputs: list[tuple[Tensor | None, ...]]) -> None:
@@ -49,10 +48,8 @@ def join(side: torch.cuda.Stream | None, outputs: list[tuple[Tensor | None, ...]
 
 class LayerBank:
     """Runs block number j of a list of like blocks, where j is a tensor that the CPU never reads.
-
     The weights of all blocks lie in one matrix, a row each; row j is then put into the first block.
-    In training its dropout is not that of block j itself.
-    """
+    In training its dropout is not that of block j itself."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -88,11 +85,9 @@ class LayerBank:
 
 class GraphedStep:
     """A training step as CUDA graphs, one for each shape of a batch: one launch, not thousands.
-
     `collate` makes a batch of examples, a tuple of tensors; `step` takes it, and must read no value
     on the CPU. The first batch of a shape runs as it is, so that what is made lazily is made; the
-    second is captured.
-    """
+    second is captured."""
 
     def __init__(
         self, step: Callable, collate: Callable, optimizer: Optimizer, device: torch.device

@@ -13,7 +13,7 @@ import re
 import reprlib
 import signal
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def check(values: object, forms: dict[str, tuple], where: object) -> dict:
     return values
 
 
-COUNT, FEW, SHARE, NUMBER = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1), (float, -1e30, 1e30)
+NUMBER = (float, -1e30, 1e30)
 
 
 def read_json(path: Path, forms: dict[str, tuple] | None = None) -> dict:
@@ -122,28 +122,21 @@ def check_tensors(have: dict[str, Tensor], wanted: dict[str, Tensor], where: obj
             raise InputError(f"{where} {what} {len(names)} tensor(s): {first}")
 
 
-csv.field_size_limit(2**31 - 1)  # or csv itself fails at a quotation mark that nothing closes
-
-
 def read_lines(path: Path) -> list[str]:
     """Its lines, stripped."""
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
-def read_table(
-    path: Path,
-    columns: Iterable[str],
-    delimiter: str = ",",
-    header: tuple[str, ...] = (),
-    ragged: bool = False,
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a table, each as ("FILE, line N", {column: value}). Raises InputError if one of
-    `columns` or a value is missing, or if there are no rows.
+csv.field_size_limit(2**31 - 1)  # or csv itself fails at a quotation mark that nothing closes
 
-    delimiter: in a table with commas a value may be quoted; in any other a quotation mark is text.
-    header: the columns, if the file does not name them.
-    ragged: rows with too few values are left out, which is said.
-    """
+
+def read_table(
+    path: Path, columns: list[str], delimiter: str = ",", header: tuple = (), ragged: bool = False
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a table, each as ("FILE, line N", {column: value}). With commas a value may be
+    quoted; otherwise a quotation mark is text. header: the columns, if the file does not name them.
+    ragged: rows with too few values are left out, which is said. Raises InputError if one of
+    `columns` or a value is missing, or if there are no rows."""
     if delimiter == ",":
         reader = csv.reader(line + "\n" for line in read_lines(path))
         rows = ((reader.line_num, row) for row in reader if row)  # a row may go over several lines
@@ -222,8 +215,8 @@ def signals_wait(active: bool = True) -> Iterator[list[int]]:
 
 
 def locked(folder: Path) -> AbstractContextManager:
-    """A lock on a run folder, which ends with its process, however that ends. Raises InputError if
-    another process has it, or if there can be no such folder."""
+    """A lock on a run folder, which ends with its process. Raises InputError if another process
+    has it, or if there can be no such folder."""
     path = folder.resolve()
     file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
     lock = portalocker.TemporaryFileLock(file, timeout=0)

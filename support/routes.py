@@ -11,13 +11,11 @@ class RouteLog(nn.Module):
     def __init__(self, T: int, slots: list[int], K: int) -> None:
         super().__init__()
         self.K, self.open = K, []  # (picks, mean affinity) of each slot of the pass under way
-        for name, start in dict(
-            numbers=torch.arange(T),
-            slots=torch.tensor(slots),
-            counts=torch.zeros(T, T, dtype=torch.long),
-            last=torch.full((len(slots), K), -1),
-            sums=torch.zeros(6, dtype=torch.float64),
-        ).items():
+        starts = dict(numbers=torch.arange(T), slots=torch.tensor(slots))
+        starts["counts"] = torch.zeros(T, T, dtype=torch.long)
+        starts["last"] = torch.full((len(slots), K), -1)
+        starts["sums"] = torch.zeros(6, dtype=torch.float64)
+        for name, start in starts.items():
             self.register_buffer(name, start, persistent=False)
 
     def begin_pass(self) -> None:
@@ -65,9 +63,5 @@ class RouteLog(nn.Module):
         votes, changed, own, affinity, passes, balance = self.sums.tolist()
         self.sums.zero_()
         votes, passes = max(1, votes), max(1, passes)
-        return dict(
-            changed=changed / votes,
-            own=own / votes,
-            affinity=affinity / votes,
-            balance=balance / passes,
-        )
+        shares = dict(changed=changed / votes, own=own / votes, affinity=affinity / votes)
+        return dict(shares, balance=balance / passes)

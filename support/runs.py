@@ -7,10 +7,10 @@
     adapter.safetensors   what is trained, of the best epoch
     predictions.tsv, references.txt, samples.txt, loss.png, routes.json, routes.png, scores.json
 
-The first three are there from the start, the next two after an epoch, the last line's when the run
-is evaluated; scores.json comes last. Every file is replaced whole or not at all, so a kill at any
-moment loses a minute and no more. A run goes on only with the settings and the files that it began
-with. An unfinished run can be evaluated, too: that goes to the folder `unfinished` within it.
+The first three are there from the start, the next two after an epoch, the rest when the run is
+evaluated, scores.json last. Every file is replaced whole or not at all, so a kill loses a minute
+and no more. A run goes on only with the settings and the files that it began with. An unfinished
+run can be evaluated, too: that goes to the folder `unfinished` within it.
 """
 
 import hashlib
@@ -29,23 +29,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.checkpoints import checkpoint_folder
-from support.files import (
-    COUNT,
-    NUMBER,
-    InputError,
-    check,
-    fill,
-    locked,
-    parse_json,
-    read_json,
-    read_tensors,
-    read_text,
-    write_atomic,
-    write_json,
-    write_text,
-)
+from support import files
+from support.checkpoints import COUNT, checkpoint_folder
+from support.files import NUMBER, InputError
 from support.pictures import GATE_LINES, plot_curves, plot_routes
+from support.processes import is_first
 from support.settings import Settings, from_json
 
 SAVE_SECONDS = 60  # within an epoch; its end is saved anyway
@@ -68,12 +56,12 @@ class RunFolder:
         where = self.path / "config.json"
         if not where.exists():
             return False
-        if changed := other_settings(read_json(where), s, where):
+        if changed := other_settings(files.read_json(where), s, where):
             what = f"{self.path} holds a run with another {', '.join(changed)}"
             raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
         if not (self.path / "scores.json").exists():
             return False
-        with suppress(InputError), locked(self.path):
+        with suppress(InputError), files.locked(self.path):
             pass  # so goes the lock's file that a kill at the very end has left
         return True
 
@@ -92,25 +80,22 @@ class RunFolder:
             saved["cuda_rng"] = torch.cuda.get_rng_state(device)
         for name, part in state.items():
             saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
-        write_atomic(self.path / "last.pt", lambda path: torch.save(saved, path))
+        files.write_atomic(self.path / "last.pt", lambda path: torch.save(saved, path))
 
-    def start(
-        self, s: Settings, data: Iterable[Path], state: dict, device: torch.device, first: bool
-    ) -> None:
+    def start(self, s: Settings, data: Iterable[Path], state: dict, device: torch.device) -> None:
         """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
-        `first`: of several processes this is the one that writes. Raises InputError if what is
-        there is of another run."""
+        Raises InputError if what is there is of another run."""
         self.origin = now = origin(s, data)
         last, config = self.path / "last.pt", self.path / "config.json"
         if not last.exists():
-            if first:
-                write_json(self.path / "origin.json", now)
-                write_json(config, now["settings"])
+            if is_first():
+                files.write_json(self.path / "origin.json", now)
+                files.write_json(config, now["settings"])
             return
         # 1) Is it this run?
-        saved = read_tensors(last, dict.fromkeys((*state, "origin"), (dict,)))
+        saved = files.read_tensors(last, dict.fromkeys((*state, "origin"), (dict,)))
         parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
-        self.origin = then = check(saved["origin"], parts, last)
+        self.origin = then = files.check(saved["origin"], parts, last)
         other = other_settings(then["settings"], s, last) + differences(then["files"], now["files"])
         if other or not config.exists():
             what = f"{last} is of a run with another {', '.join(other or ['folder'])}"
@@ -120,10 +105,10 @@ class RunFolder:
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(saved[name])
             elif all(isinstance(value, Tensor) for value in part.values()):
-                fill(part, saved[name], last)
+                files.fill(part, saved[name], last)
             else:
                 part.update(saved[name])
-        if not first:  # the other processes go on with dropout of their own
+        if not is_first():  # the other processes go on with dropout of their own
             return
         for name in differences(then["versions"], now["versions"]):
             was, new = then["versions"][name], now["versions"][name]
@@ -138,20 +123,21 @@ class RunFolder:
         """After an epoch: keep its weights if it is the best, and note it."""
         if self.best_of(log) is log[-1]:
             best = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
-            write_atomic(self.path / "adapter.safetensors", lambda path: save_file(best, path))
+            file = self.path / "adapter.safetensors"
+            files.write_atomic(file, lambda path: save_file(best, path))
         lines = [json.dumps(entry) + "\n" for entry in log]
-        write_text(self.path / "metrics.jsonl", "".join(lines))
+        files.write_text(self.path / "metrics.jsonl", "".join(lines))
 
     def read_log(self) -> list[dict]:
         """The entries of metrics.jsonl. Raises InputError."""
         where = self.path / "metrics.jsonl"
-        log = parse_json(read_text(where), where, lines=True)
+        log = files.parse_json(files.read_text(where), where, lines=True)
         for entry in log:
-            check(entry, {self.metric: NUMBER, "step": COUNT, "curve": (list,)}, where)
+            files.check(entry, {self.metric: NUMBER, "step": COUNT, "curve": (list,)}, where)
             for point in entry["curve"]:
-                check(point, {"step": COUNT, "loss_sum": NUMBER}, where)
+                files.check(point, {"step": COUNT, "loss_sum": NUMBER}, where)
                 if "alpha" in point:
-                    check(point, dict.fromkeys((*GATE_LINES, "balance"), NUMBER), where)
+                    files.check(point, dict.fromkeys((*GATE_LINES, "balance"), NUMBER), where)
         return log
 
     def best_of(self, log: list[dict]) -> dict:
@@ -161,11 +147,8 @@ class RunFolder:
         return max(log, key=lambda entry: entry[self.metric])
 
     def best(self) -> dict[str, Tensor]:
-        """What the best epoch has trained. Raises InputError if no epoch is finished."""
-        file = self.path / "adapter.safetensors"
-        if not file.exists():
-            raise InputError(f"{self.path} is not a run with a finished epoch")
-        return read_tensors(file)
+        """What the best epoch has trained. Raises InputError."""
+        return files.read_tensors(self.path / "adapter.safetensors")
 
     # --- what evaluation finds
 
@@ -179,49 +162,47 @@ class RunFolder:
         if log[-1]["step"] < steps:
             out = RunFolder(self.path / "unfinished", self.metric)
             print(f"{self.path} is unfinished, {log[-1]['step']} of {steps} steps; see {out.path}")
-        with locked(out.path):
+        with files.locked(out.path):
             yield out
 
     def write_table(self, header: list[str], rows: Iterable[tuple]) -> None:
         """predictions.tsv, a line for each row."""
         lines = ["\t".join(map(str, row)) + "\n" for row in (header, *rows)]
-        write_text(self.path / "predictions.tsv", "".join(lines))
+        files.write_text(self.path / "predictions.tsv", "".join(lines))
 
     def write_references(self, groups: list[list[str]]) -> None:
         """As the E2E challenge has them: one a line, an empty line between groups."""
         blocks = ["".join(" ".join(text.split()) + "\n" for text in group) for group in groups]
-        write_text(self.path / "references.txt", "\n".join(blocks))
+        files.write_text(self.path / "references.txt", "\n".join(blocks))
 
     def write_samples(self, items: Iterable[tuple[str, str, str]]) -> None:
         """At most five of these texts, each with the output and what is right."""
         items = list(items)
         chosen = items[:: max(1, len(items) // 5)][:5]
         parts = [f"{text}\n  output:    {o}\n  reference: {r}\n" for text, o, r in chosen]
-        write_text(self.path / "samples.txt", "\n".join(parts))
+        files.write_text(self.path / "samples.txt", "\n".join(parts))
 
-    def write_scores(
-        self, scores: dict[str, float], log: list[dict], shares: Tensor | None
-    ) -> None:
+    def write_scores(self, scores: dict, log: list[dict], shares: Tensor | None) -> None:
         """The pictures, and at last the scores, by which a run is finished."""
         name = self.path.parent.name if self.path.name == "unfinished" else self.path.name
         if shares is not None:
-            write_json(self.path / "routes.json", shares.tolist(), indent=None)
+            files.write_json(self.path / "routes.json", shares.tolist(), indent=None)
             plot_routes({name: shares}, self.path / "routes.png")
         plot_curves([(name, log)], self.metric, self.path / "loss.png")
-        write_json(self.path / "scores.json", scores)
+        files.write_json(self.path / "scores.json", scores)
 
     def read_scores(self, names: Iterable[str]) -> dict[str, float]:
         """scores.json, which must have these and what every run has. Raises InputError."""
         forms = dict.fromkeys((*names, "trainable", "seconds_per_step"), NUMBER)
-        return read_json(self.path / "scores.json", forms)
+        return files.read_json(self.path / "scores.json", forms)
 
     def outputs(self) -> tuple[list[str], list[list[str]]]:
         """E2E's outputs and their references. Raises InputError."""
         where = self.path / "predictions.tsv"
-        outputs = [line.rpartition("\t")[2] for line in read_text(where).split("\n")[1:-1]]
+        outputs = [line.rpartition("\t")[2] for line in files.read_text(where).split("\n")[1:-1]]
         if not (self.path / "references.txt").exists():  # of an older run
             raise InputError(f"{self.path} has no references.txt: python eval.py {self.path}")
-        groups = read_text(self.path / "references.txt").rstrip("\n").split("\n\n")
+        groups = files.read_text(self.path / "references.txt").rstrip("\n").split("\n\n")
         if len(groups) != len(outputs):
             raise InputError(f"{where} has {len(outputs)} outputs, not {len(groups)}")
         return outputs, [group.split("\n") for group in groups]
@@ -245,9 +226,9 @@ def origin(s: Settings, data: Iterable[Path]) -> dict:
     hub's data sets), versions, command and date."""
     model = checkpoint_folder(s.model)
     kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
-    files = sorted(file for kind in kinds.split() for file in model.glob(kind))
+    read = sorted(file for kind in kinds.split() for file in model.glob(kind))
     hashes = {}
-    for path in [*files, *data]:
+    for path in [*read, *data]:
         with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())

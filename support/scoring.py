@@ -2,9 +2,9 @@
 paired bootstrap; and files of outputs and references, as the E2E challenge's script takes them.
 
 Predictions: one per line, or a .csv/.tsv file with the columns MR and output. References: one per
-line with a blank line between groups (without any blank line, one reference per prediction), or a
-.csv/.tsv file with the columns mr and ref, where consecutive rows with the same MR form a group.
-Two tables are matched by MR, anything else by order.
+line with a blank line between groups (without any blank line, one for each prediction), or a table
+with the columns mr and ref, where consecutive rows with the same MR form a group. Two tables are
+matched by MR, anything else by order.
 """
 
 import csv
@@ -38,6 +38,7 @@ def _java(jar: str, program: str) -> list[str]:
 # COCO's list, less its brackets: it names "-LRB-", but by then the tokens are in lower case, so
 # brackets stay, and so does punctuation in a run that the list does not name, such as "?!".
 _PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "..."}
+_tokenize_13a = Tokenizer13a()
 _LINE_ENDS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
 
 
@@ -45,10 +46,9 @@ _LINE_ENDS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
 def ptb_tokens(texts: tuple[str, ...]) -> Texts:
     """Each text as lower-cased PTB tokens without punctuation, with spaces between them.
 
-    By the Stanford PTB tokenizer 3.4.1 in one process, fed as COCO's evaluation feeds it, so equal
-    to that to the last token. Within a text every line end counts as a space, and a lone surrogate
-    as "?". At the end of a text the tokenizer looks ahead into the next: "No." before a number
-    keeps its period. Raises InputError without Java and the tokenizer.
+    By the Stanford PTB tokenizer 3.4.1 in one process, fed as COCO's evaluation feeds it. Within a
+    text every line end counts as a space, and a lone surrogate as "?". At the end of a text the
+    tokenizer looks ahead: "No." before a number keeps its period. Raises InputError without Java.
     """
     lines = "\n".join(text.translate(_LINE_ENDS) for text in texts).encode(errors="replace")
     command = _java("tokenizer/stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer")
@@ -96,9 +96,6 @@ def meteor(predictions: Texts, references: References) -> float:
         process.communicate()  # closes its input and waits
 
 
-_tokenize_13a = Tokenizer13a()
-
-
 def mteval_tokens(text: str) -> Texts:
     """Lower-cased tokens of mteval-v13a; an empty text is one empty token, as in pymteval."""
     return _tokenize_13a(text.lower()).split() or [""]
@@ -109,20 +106,15 @@ def sacrebleu() -> BLEU:
     return BLEU(lowercase=True, force=True, smooth_method="floor", smooth_value=1e-15)
 
 
-def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> tuple[float, float]:
-    """BLEU(system) - BLEU(baseline), and the p-value of that difference (Koehn, 2004).
-
-    sacrebleu's paired bootstrap test: 1,000 resamples of the items with its own fixed seed, so the
-    answer is always the same. For two systems of the same BLEU it would say p = 0.001, because no
-    resample is beyond a difference of zero if none differs; the answer here is then 1.
-    """
+def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> float:
+    """The p-value of the difference in BLEU, by sacrebleu's paired bootstrap test (Koehn, 2004):
+    1,000 resamples of the items with its own fixed seed. For two systems of the same BLEU it would
+    say 0.001, because no resample is beyond a difference of zero; the answer here is then 1."""
     columns = [*zip_longest(*references)]
-    scores = [sacrebleu().corpus_score(texts, columns).score for texts in (baseline, system)]
-    if scores[0] == scores[1]:
-        return 0.0, 1.0
     systems = [("baseline", baseline), ("system", system)]
     _, results = PairedTest(systems, {"BLEU": sacrebleu()}, columns, test_type="bs")()
-    return (scores[1] - scores[0]) / 100, results["BLEU"][1].p_value
+    before, after = results["BLEU"]
+    return 1.0 if before.score == after.score else after.p_value
 
 
 def clean(value: str) -> str:
@@ -133,11 +125,8 @@ def clean(value: str) -> str:
 
 
 def read_column(path: Path, column: str) -> list[tuple[str, str]]:
-    """(MR, text) for each row of a .csv or .tsv file.
-
-    The text is the column called `column`, or else the only one beside MR. Without a header the
-    rows are MR, text. Raises InputError if a column or a value is missing.
-    """
+    """(MR, text) for each row of a .csv or .tsv file. The text is in `column`, or in the only one
+    beside MR; without a header rows are MR, text. Raises InputError if something is missing."""
     lines = read_lines(path)
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
     rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
@@ -158,17 +147,15 @@ def read_column(path: Path, column: str) -> list[tuple[str, str]]:
 
 
 def read_outputs(predictions: Path, references: Path) -> tuple[Texts, References]:
-    """The predictions and, in the same order, their groups of references.
-
-    The formats are those of the challenge's script (see the top of this file), which reads a table
-    if the name ends in .csv or .tsv. Raises InputError if a file is missing, empty or malformed,
-    or if an MR has no prediction or a prediction no MR.
-    """
+    """The predictions and, in the same order, their groups of references (see the top of this
+    file). Raises InputError if a file is missing, empty or malformed, or if an MR has no prediction
+    or a prediction no MR."""
     tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    mrs, groups = [], []
     if tables[references]:
-        rows = groupby(read_column(references, "ref"), key=lambda row: row[0])
-        grouped = [(mr, [text for _, text in group]) for mr, group in rows]
-        mrs, groups = [mr for mr, _ in grouped], [group for _, group in grouped]
+        for mr, rows in groupby(read_column(references, "ref"), key=lambda row: row[0]):
+            mrs.append(mr)
+            groups.append([text for _, text in rows])
     else:
         lines = read_lines(references)
         groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]

@@ -17,7 +17,6 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
 from typing import Any, get_args, get_origin
 
 from support.checkpoints import checkpoint_folder, read_config
@@ -34,16 +33,16 @@ def setting(
 ) -> Any:
     """A dataclass field with its help and what it may be: one of `choices`, or a number from
     `least` (if not said: 0, or 1 for a whole number) to less than `below`."""
-    if not isinstance(default, float):
-        least = 1 if least is None else least
-        below = min(below, 2**24)  # at some larger whole numbers torch overflows
-    limits = dict(help=help, choices=choices, least=least or 0, below=below)
-    return field(default=default, metadata=limits)
+    whole = not isinstance(default, float)
+    least = int(whole) if least is None else least
+    below = min(below, 2**24) if whole else below  # at some larger whole numbers torch overflows
+    metadata = dict(help=help, choices=choices, least=least, below=below)
+    return field(default=default, metadata=metadata)
 
 
 def kinds(f: Field) -> set[type]:
     """The types that a field's value may have; a whole number may stand for any number."""
-    parts = get_args(f.type) if isinstance(f.type, UnionType) else [f.type]
+    parts = get_args(f.type) or [f.type]
     found = {get_origin(part) or part for part in parts}  # of tuple[int, ...] it is tuple
     if float in found:
         found.add(int)
@@ -194,11 +193,8 @@ def make_parser(tasks: list[str], *classes: type) -> Parser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--no-molex", action="store_true", help="LoRA (or --tune) alone")
     which.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
-    text = (
-        "a finished run of the same model to start from, or a .bin file of the LoRA paper's code; "
-        "with --compare one with MoLEx and one without; with --task glue it is for MRPC, RTE and "
-        "STS-B alone (Table 9)"
-    )
+    text = "a finished run of the same model to start from, or a .bin file of the LoRA paper's code"
+    text += "; with --compare one with MoLEx, one without; of glue for MRPC, RTE, STS-B (Table 9)"
     parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN", help=text)
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -269,10 +265,9 @@ def settle(
         counts = name not in NOT_RESULTS and (mixes or name not in of_gate)
         if counts and value != base[name]:
             differs[name] = [value, base[name]]
-    data = args.data or embedded_data
-    where = dict(model=args.model, task=task, data=data, seed=0, init=init, shape=shape)
     rest = {name: value for name, value in chosen.items() if name not in of_gate}
-    s = Settings(**where, molex=molex if mixes else None, differs=differs, **rest)
+    rest.update(molex=molex if mixes else None, init=init, shape=shape, differs=differs)
+    s = Settings(model=args.model, task=task, data=args.data or embedded_data, seed=0, **rest)
     check_fields(s, "--")
     return s
 

@@ -16,6 +16,7 @@ from support.settings import PAPER, Settings
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 AVERAGE = ("glue", "average")
 Cells = dict[tuple[str, str], str]  # (task, score) -> a number of the paper's
+Papers = dict[str, Cells]  # by method
 Tasks = Mapping[str, Any]  # name -> what has a folder and a metric
 
 
@@ -85,7 +86,7 @@ def interval(values: list[float]) -> float:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def head_row(papers: dict[str, Cells]) -> str:
+def head_row(papers: Papers) -> str:
     """A column for each method and, if there are two, their difference; then the paper's."""
     text = f"{'':22}" + "".join(f"{method:>18}" for method in papers)
     if len(papers) == 2:
@@ -94,9 +95,7 @@ def head_row(papers: dict[str, Cells]) -> str:
     return text + "".join(f"{title:>14}" for title in titles)
 
 
-def row(
-    papers: dict[str, Cells], key: tuple[str, str], values: list[list[float]], form: tuple
-) -> str:
+def row(papers: Papers, key: tuple, values: list[list[float]], form: tuple) -> str:
     """`values`: for each method those of its seeds; `form`: title, factor, decimals. A difference
     has its 95% interval over the seeds."""
     title, factor, digits = form
@@ -113,7 +112,7 @@ def row(
 def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
     """Print one table of all runs in `out`, and how they were made otherwise than the paper's.
     Raises InputError."""
-    papers: dict[str, Cells] = {s.method: {} for s in runs}
+    papers: Papers = {s.method: {} for s in runs}
     for s in sorted(runs, key=lambda s: bool(s.init)):  # the average is Table 9's, if it is that
         papers[s.method].update(paper(s, tasks))
     print(f"\n{head_row(papers)}")
@@ -122,8 +121,7 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
     for name in names:
         groups = [[s for s in runs if (s.task, s.method) == (name, method)] for method in papers]
         folders = [[RunFolder(out / s.name) for s in group] for group in groups]
-        alone = len(names) == 1
-        results.append(report_task(papers, name, shown(name, tasks), folders, alone))
+        results.append(report_task(papers, name, shown(name, tasks), folders, len(names) == 1))
     if len(names) > 1:  # the mean over the tasks, for each method and seed
         by_method = zip(*results, strict=True)
         means = [[statistics.mean(v) for v in zip(*m, strict=True)] for m in by_method]
@@ -139,7 +137,7 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
 
 
 def report_task(
-    papers: dict[str, Cells], task: str, forms: dict, folders: list[list[RunFolder]], alone: bool
+    papers: Papers, task: str, forms: dict, folders: list[list[RunFolder]], alone: bool
 ) -> list[list[float]]:
     """Print the rows of a task, whose `folders` are by method and seed; returns so its main score.
     `alone`: there is no other task."""
@@ -166,7 +164,7 @@ def report_task(
 def p_value(baseline: RunFolder, system: RunFolder) -> str:
     """Of a difference in BLEU, by a paired bootstrap over the test set."""
     outputs, references = baseline.outputs()
-    return f"{paired_bootstrap(outputs, system.outputs()[0], references)[1]:.3f}"
+    return f"{paired_bootstrap(outputs, system.outputs()[0], references):.3f}"
 
 
 def pictures(runs: list[Settings], out: Path, tasks: Tasks) -> None:
