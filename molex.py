@@ -202,8 +202,7 @@ class MoLEx(nn.Module):
         u = own - z
         updates = []
         for w_j, output in chosen:
-            u_j = u if output is None else output - z
-            updates.append(w_j * u_j)
+            updates.append(w_j * (u if output is None else output - z))
         v = sum(updates[1:], start=updates[0])
         # z + alpha u + (1 - alpha) v, written so that it is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)

@@ -1,7 +1,9 @@
 """The house: what stands where, and that a fork's first steps in it do not stumble."""
 
 import ast
+import inspect
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import eval as evaluation
 import train
 from data import GLUE, SENTENCES, GlueTask
 from model import load
-from molex import GATES, LOG_AFFINITIES, VOTES, WEIGHTS, MoLExConfig, upcycle
+from molex import GATES, LOG_AFFINITIES, VOTES, WEIGHTS, MoLEx, MoLExConfig, upcycle
 from support import runs, settings
 from support.files import InputError
 from support.settings import PAPER, Settings, setting
@@ -47,6 +49,24 @@ def test_support_imports_none_of_the_six():
 def test_a_planted_import_would_be_found(planted):
     source = (ROOT / "support/tables.py").read_text("utf-8")
     assert imported(f"{source}\n{planted}\n") & {*SIX}
+
+
+def test_the_readme_says_how_long_the_six_are():
+    text = (ROOT / "README.md").read_text("utf-8")
+    said = dict(re.findall(r"\| `(\w+)\.py` \| (\d+) \|", text))
+    assert said == {n: str(len((ROOT / f"{n}.py").read_text("utf-8").splitlines())) for n in SIX}
+
+
+def test_the_readme_has_the_code_of_mix():
+    text = (ROOT / "README.md").read_text("utf-8")
+    (code,) = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "log_a" in x]
+
+    def statements(text: str) -> list[str]:
+        return [line.partition("  # ")[0].strip() for line in text.splitlines()]
+
+    body = statements(inspect.getsource(MoLEx.mix))
+    found = [body.index(line) for line in statements(code)]
+    assert found == sorted(found) and len(found) == 12
 
 
 # ------------------------------------------------------------------------- a fork adds a setting
