@@ -24,8 +24,6 @@ from model import Config
 from support.checkpoints import byte_symbols, read_tokenizer
 from support.files import InputError, from_hub, locate, parse_json, read_table, read_text
 
-# --------------------------------------------------------------------------------------- tokenizer
-
 
 class Tokenizer:
     """Text to the checkpoint's ids and back.
@@ -52,7 +50,7 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding(
             "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        self.id_of_rank = [vocab.get(symbol) for symbol in symbols]
+        self.id_of_rank = [vocab.get(symbol) for symbol in symbols]  # the checkpoint's ids
         self.rank_of_id = {i: r for r, i in enumerate(self.id_of_rank) if i is not None}
         self.lacks = bytes(b for symbol, b in byte_of.items() if symbol not in vocab)
         self.words = regex.compile(pattern) if self.lacks else None
@@ -97,8 +95,6 @@ class Tokenizer:
         ranks = [self.rank_of_id[i] for i in ids if i in self.rank_of_id]
         return self.bpe.decode_bytes(ranks).decode("utf-8", errors="replace")
 
-
-# --------------------------------------------------------------------------------------------- E2E
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
 # The tokenized copy ("family - friendly") with which the LoRA paper trained and scored, from its
@@ -155,7 +151,7 @@ def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
         rows = read_table(path, ["mr", "ref"], "||", header=("mr", "ref"))
     else:
         rows = read_table(path, ["mr", "ref"])
-    pairs = []
+    pairs = []  # each has a reference, and an MR that can be read
     for where, row in rows:
         if not row["ref"].strip():
             raise InputError(f"{where}: the reference is empty")
@@ -174,8 +170,6 @@ def group_references(pairs: list[tuple[str, str]]) -> tuple[list[str], list[list
         groups.setdefault(mr, []).append(ref)
     return list(groups), list(groups.values())
 
-
-# -------------------------------------------------------------------------------------------- GLUE
 
 GLUE_HUB = "nyu-mll/glue"
 Row = tuple[tuple[str, ...], float]  # one or two texts; the number of the label, or the score
@@ -236,7 +230,7 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
     spec = GLUE[task]
     if folder is None:
         table = from_hub(GLUE_HUB, "DIR", GLUE_HUB, task, split=split.replace("dev", "validation"))
-        columns = [name for name in table.column_names if name not in ("label", "idx")]
+        columns = [name for name in table.column_names if name not in ("label", "idx")]  # texts
         texts = zip(*(table[name] for name in columns), strict=True)
         return list(zip(texts, table["label"], strict=True))
     found = []
@@ -247,8 +241,6 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         found.append((texts, spec.target(row[spec.label], where)))
     return found
 
-
-# ------------------------------------------------------------------------------------------ Alpaca
 
 ALPACA_HUB = "tatsu-lab/alpaca"
 
@@ -274,7 +266,7 @@ def read_alpaca(file: str | Path | None, split: str) -> list[tuple[str, str]]:
     else:
         text = read_text(locate(file))
         rows = parse_json(text, file, lines=text.lstrip()[0] != "[")
-    pairs = []
+    pairs = []  # those with all that an example needs
     for n, row in enumerate(rows, start=1):
         names = ("instruction", "input", "output")
         texts = [row.get(name) or "" for name in names] if isinstance(row, dict) else [None]
@@ -323,10 +315,10 @@ def encode_texts(tokenizer: Tokenizer, texts: tuple[str, ...], limit: int) -> li
     room = limit - len(start) - len(end) - len(gap) * (len(parts) - 1)
     if room < len(parts):
         raise InputError(f"{len(parts)} texts do not fit into {limit} tokens; raise --max-length")
-    while sum(len(part) for part in parts) > room:
+    while sum(len(part) for part in parts) > room:  # the longer text is cut
         longest = max(reversed(parts), key=len)  # of two like ones the second
         longest.pop()
-    ids = start + parts[0]
+    ids = start + parts[0]  # then a gap before each further text
     for part in parts[1:]:
         ids += gap + part
     return ids + end
@@ -359,7 +351,7 @@ def encode_pairs(
     for text, answer in tqdm(pairs, "encode", leave=False):
         prompt = encode_prompt(tokenizer, text, task)
         if len(prompt) >= limit:
-            continue
+            continue  # there is no room for an answer
         answer = answer if task == "alpaca" else " " + answer.strip()
         ids = tokenizer.encode(answer) + [tokenizer.eos]
         examples.append(Example(prompt, ids[: limit - len(prompt)]))
@@ -441,12 +433,14 @@ def collate(examples: list[Example], multiple: int = 1) -> Batch:
     """Pad on the right. For CUDA graphs N is rounded up to a `multiple`, and the M of answers to
     four times that, with NO_TARGET. Without examples (a process whose share of a batch is empty):
     one sequence of padding, which neither votes nor counts."""
+    # 1) Their ids side by side.
     examples = examples or [Example([], [])]
     N = max(1, *(len(e) for e in examples))
     N = math.ceil(N / multiple) * multiple
     ids = torch.zeros(len(examples), N, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     prompt = torch.zeros_like(mask)
+    # 2) What is to be predicted, and where.
     where, target = [], []
     for i, e in enumerate(examples):
         ids[i, : len(e)] = torch.tensor(e.prompt + e.answer)

@@ -50,8 +50,6 @@ References = list[list[str]]  # one or more for each prediction
 Scores = dict[str, float]
 Splits = dict[str, list[Example]]  # name of a dev split -> its examples
 
-# ------------------------------------------------------------------------------------------ metrics
-
 
 def accuracy(predictions: list[float], labels: list[float]) -> float:
     """The share of predictions that equal their label."""
@@ -117,7 +115,7 @@ def nist(predictions: Texts, references: References) -> float:
     reference_counts, matches = Counter(), Counter()
     length, reference_length = 0, 0.0
     for prediction, group in zip(predictions, references, strict=True):
-        words = 0
+        words = 0  # of all its references
         most = Counter()  # of each n-gram, in one reference
         for reference in group:
             reference_tokens = mteval_tokens(reference)
@@ -127,7 +125,7 @@ def nist(predictions: Texts, references: References) -> float:
             words += len(reference_tokens)
         reference_counts[()] += words  # what comes before a unigram: the empty n-gram
         reference_length += words / len(group)
-        tokens = mteval_tokens(prediction)
+        tokens = mteval_tokens(prediction)  # an n-gram matches as often as one reference has it
         matches.update(_ngrams(tokens, 5) & most)
         length += len(tokens)
     score = 0.0
@@ -365,6 +363,7 @@ def beam_search(
     """
     if beam_rule not in ("transformers", "lora"):
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
+    # 1) The prompts, padded on the left, fill the cache.
     device, longest = model.device, max(len(p) for p in prompts)
     padded = torch.tensor([[-1] * (longest - len(p)) + p for p in prompts], device=device)
     real = padded >= 0
@@ -377,12 +376,14 @@ def beam_search(
     waiting = list(range(len(prompts)))  # which prompt each row of the state answers
     answers: list[list[int]] = [[] for _ in prompts]
     while waiting:
+        # 2) The next token of every beam.
         log_p = model.logits(h).float()
         if beam_rule == "lora":  # the others share the probability of banned tokens
             log_p = ban_repeats(log_p, state.ids.flatten(0, 1), no_repeat_ngram).log_softmax(-1)
         else:
             log_p = ban_repeats(log_p.log_softmax(-1), state.ids.flatten(0, 1), no_repeat_ngram)
         beam, going = state.step(log_p, eos)
+        # 3) A prompt that is done has its answer; the others go on.
         going = going.tolist()  # the only values that the CPU reads in a step
         for row, prompt in enumerate(waiting):
             if not going[row]:
@@ -393,6 +394,7 @@ def beam_search(
             if len(rows) < len(going):
                 state.select(rows)
                 cache.select(rows)
+            # 4) The new tokens see what their beams have seen, and themselves.
             sees = take(sees[rows], beam[rows])
             sees = torch.cat([sees, itself.expand(len(rows), -1, -1)], dim=-1)
             h = model.hidden(state.ids[..., -1], cache=cache, sees=sees).flatten(0, 1)
@@ -464,6 +466,7 @@ def evaluate_run(folder: Path, device: torch.device) -> Scores:
     scores = dict(run.best_of(log))
     del scores["curve"]
     scores["trainable"] = trainable(model)
+    # What the evaluation finds.
     if s.task == "e2e":
         merge(model)  # elsewhere what was measured in training is measured again to the bit
     model.cast_frozen()
@@ -496,7 +499,7 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Ru
         dev[split] = encode_glue(tokenizer, texts_and_labels, limit)
         found[split] = classify(model, dev[split], s.eval_batch)
         for i, (texts, label) in enumerate(texts_and_labels):
-            answer = found[split][i]
+            answer = found[split][i]  # noted beside its label, in the task's own words
             right, said = (names[int(y)] if names else f"{y:.3f}" for y in (label, answer))
             rows.append((split, i, right, said))
             samples.append(("\n".join(texts), said, right))
@@ -510,7 +513,7 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: 
     longest = model.config.max_positions
     dev = read_examples(tokenizer, "alpaca", s.data, "dev", min(s.max_length, longest))
     fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= longest]
-    shown = fitting[:: max(1, len(fitting) // 5)][:5]
+    shown = fitting[:: max(1, len(fitting) // 5)][:5]  # five answers, to look at
     outputs = generate(model, tokenizer, [e.prompt for e in shown], s.eval_batch, **s.search())
     samples = []
     for e, output in zip(shown, outputs, strict=True):

@@ -171,6 +171,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.n_head * config.d_head, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, ctx: Context, key: tuple) -> Tensor:
+        # 1) Queries, keys and values.
         B, N, _ = x.shape
         q = self.q(x).view(B, N, self.n_head, self.d_head).transpose(1, 2)  # (B, heads, N, d)
         k = self.k(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
@@ -181,7 +182,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache.append(key, k, v)
-        # In grouped-query attention neighbouring heads share a key and a value. On CUDA the fast
+        # 2) In grouped-query attention neighbouring heads share a key and a value. On CUDA the fast
         # kernels take no mask together with enable_gqa, so there the groups are written out.
         groups = self.n_head // self.n_kv_head
         if groups > 1 and x.is_cuda:
@@ -413,6 +414,7 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
     dropout: replaces the checkpoint's own.
     Raises InputError, naming the tensors, unless checkpoint and model fit exactly.
     """
+    # 1) The config, and which head there is to be.
     settings, tensors = read_checkpoint(name)
     config = Config(**settings)
     if dropout is not None:
@@ -422,16 +424,19 @@ def load(name: str | Path, head: str | int = "lm", dropout: float | None = None)
     if config.tied and head == "lm" and "head.weight" in tensors:  # transformers does the same
         print(f"{name}: config ties lm_head.weight to the embedding, but it differs: used as is")
         config = replace(config, tied=False)
-    with torch.device("meta"):  # no memory, no random numbers: the checkpoint fills everything
+    # 2) The model: no memory and no random numbers, for the checkpoint fills everything.
+    with torch.device("meta"):
         model = Transformer(config, head)
+    # 3) A head that the checkpoint does not have, or not in this shape, is new.
     wanted = model.state_dict()
     ours = {n for n in wanted if n.startswith("head.")}
     fits = ours and all(n in tensors and tensors[n].shape == wanted[n].shape for n in ours)
-    if head != "lm" and not fits:  # theirs, if any, is a head for something else
+    if head != "lm" and not fits:
         tensors = {n: w for n, w in tensors.items() if not n.startswith("head.")}
         if ours:
             new = ClassificationHead(config, head).state_dict()
             tensors |= {"head." + n: w for n, w in new.items()}
+    # 4) The weights.
     check_tensors(tensors, wanted, name)
     tensors = {n: w.float().contiguous() for n, w in tensors.items()}
     model.load_state_dict(tensors, assign=True)

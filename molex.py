@@ -188,16 +188,16 @@ class MoLEx(nn.Module):
         they run one after the other.
         """
         side = fork(z)
-        own = self.blocks[t](z, ctx, (t, t))
+        own = self.blocks[t](z, ctx, (t, t))  # the slot's own layer
         with torch.cuda.stream(side):  # None, on the CPU, changes nothing
-            log_a = self.log_affinity(t, z)
+            log_a = self.log_affinity(t, z)  # the gate
             favourite = log_a.argmax(-1, keepdim=True) == self.routes.numbers  # (B, N, T)
             if self.training:
                 balance = self.balance(log_a, favourite, ctx.real)
                 self.load_balance = self.load_balance + balance / len(self.slots)
-            picks = self.choose(t, log_a, favourite, ctx)
+            picks = self.choose(t, log_a, favourite, ctx)  # the vote
             w = self.weights(log_a, picks)
-            chosen = self.run_chosen(t, z, ctx, picks, w)
+            chosen = self.run_chosen(t, z, ctx, picks, w)  # the layers that it has chosen
         join(side, [*chosen, *self.routes.open[-1:]])
         u = own - z
         updates = []

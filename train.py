@@ -2,7 +2,6 @@
 
     python train.py                                          the embedded default, on a laptop
     python train.py --model gpt2-medium --task e2e           the paper's E2E run (Tables 2 and 6)
-    python train.py --model gpt2-medium --task e2e --no-molex        its LoRA baseline
     python train.py --model gpt2-medium --task e2e --compare --seeds 0 1 2 3 4
     python train.py --model roberta-base --task rte               a cell of Table 1
     python train.py --model roberta-base --task glue --compare                all eight tasks
@@ -80,9 +79,9 @@ def update(
         total += loss.detach()
         if s.molex and s.load_balance:
             loss = loss + s.load_balance * model.layers.load_balance / len(micros)
-        loss.backward()
+        loss.backward()  # adds to the gradient of what this process has seen
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_over_processes(*(p.grad for p in parameters), total)
+    sum_over_processes(*(p.grad for p in parameters), total)  # the gradient of the whole batch
     if s.clip:
         torch.nn.utils.clip_grad_norm_(parameters, s.clip)
     optimizer.step()
@@ -267,7 +266,7 @@ def start_from(model: Transformer, path: Path) -> str:
         names = [n for n in tensors if n.startswith(("layers.gates.", "layers.alpha"))]
         return {n: tensors[n].shape for n in names}
 
-    same = gate(ours) == gate(theirs)
+    same = gate(ours) == gate(theirs)  # else the gate stays new
     if not same:
         drop = gate(ours).keys() | gate(theirs).keys()
         ours = {n: p for n, p in ours.items() if n not in drop}
