@@ -233,13 +233,13 @@ def read_glue(folder: str | Path | None, task: str, split: str) -> list[Row]:
         columns = [name for name in table.column_names if name not in ("label", "idx")]  # texts
         texts = zip(*(table[name] for name in columns), strict=True)
         return list(zip(texts, table["label"], strict=True))
-    found = []
+    rows = []
     columns = [*spec.texts, spec.label]
     path = glue_file(folder, task, split)
     for where, row in read_table(path, columns, "\t", spec.header, spec.ragged):
         texts = tuple(row[name] for name in spec.texts)
-        found.append((texts, spec.target(row[spec.label], where)))
-    return found
+        rows.append((texts, spec.target(row[spec.label], where)))
+    return rows
 
 
 ALPACA_HUB = "tatsu-lab/alpaca"
@@ -424,8 +424,8 @@ def shuffled_batches(
     stretch = groups * batch_size
     batches = []
     for i in range(0, len(order), stretch):
-        some = sorted(order[i : i + stretch], key=lambda index: lengths[index])
-        batches += [some[j : j + batch_size] for j in range(0, len(some), batch_size)]
+        alike = sorted(order[i : i + stretch], key=lambda index: lengths[index])
+        batches += [alike[j : j + batch_size] for j in range(0, len(alike), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

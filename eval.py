@@ -83,10 +83,10 @@ def glue_scores(task: str, predictions: dict[str, list[float]], dev: Splits) -> 
 
 def _ngrams(tokens: Texts, max_n: int) -> Counter:
     """How often each n-gram, n = 1 ... `max_n`, occurs."""
-    found = Counter()
+    counts = Counter()
     for n in range(1, max_n + 1):
-        found.update(zip(*(tokens[i:] for i in range(n)), strict=False))
-    return found
+        counts.update(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return counts
 
 
 def bleu(predictions: Texts, references: References) -> float:
@@ -95,13 +95,13 @@ def bleu(predictions: Texts, references: References) -> float:
     pymteval gives a prediction of m tokens m - n + 1 n-grams even where that is negative; sacrebleu
     then says 0. This shows only if predictions have fewer than three tokens.
     """
-    found = sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
+    score = sacrebleu().corpus_score(predictions, [*zip_longest(*references)])
     length = sum(len(mteval_tokens(p)) for p in predictions)
     precisions = []
-    for n, count in enumerate(found.counts):
+    for n, count in enumerate(score.counts):
         total = max(length - n * len(predictions), 1e-9)
         precisions.append(max(count, 1e-15) / total)
-    brevity = math.exp(min(1 - found.ref_len / length, 0))
+    brevity = math.exp(min(1 - score.ref_len / length, 0))
     return math.prod(precisions) ** (1 / 4) * brevity
 
 
@@ -222,15 +222,15 @@ def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]
 @torch.no_grad()
 def classify(model: Transformer, examples: list[Example], batch_size: int) -> list[float]:
     """The most likely class of each example, or its score. The model is in evaluation mode."""
-    order, found = [], []
+    order, answers = [], []
     for indices in by_length(examples, batch_size, "  dev"):
         batch = collate([examples[i] for i in indices]).to(model.device)
         with model.autocast():
             logits = model(batch.ids, batch.mask).float()
-        found.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+        answers.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
         order += indices
     back = torch.tensor(order).argsort()
-    return torch.cat(found).cpu()[back].tolist()  # one transfer for all
+    return torch.cat(answers).cpu()[back].tolist()  # one transfer for all
 
 
 @torch.no_grad()
@@ -248,8 +248,8 @@ def dev_scores(model: Transformer, task: str, dev: Splits, batch_size: int) -> S
     training = model.training
     model.eval()
     if task in GLUE:
-        found = {split: classify(model, examples, batch_size) for split, examples in dev.items()}
-        scores = glue_scores(task, found, dev)
+        answers = {split: classify(model, examples, batch_size) for split, examples in dev.items()}
+        scores = glue_scores(task, answers, dev)
     else:
         scores = {"dev_loss": dev_loss(model, dev["dev"], batch_size)}
     model.train(training)
@@ -409,8 +409,8 @@ def generate(
     answers = [""] * len(ids)
     with model.autocast():
         for indices in by_length(ids, batch_size, "beam search"):
-            found = beam_search(model, [ids[i] for i in indices], tokenizer.eos, **search)
-            for i, answer in zip(indices, found, strict=True):
+            batch = beam_search(model, [ids[i] for i in indices], tokenizer.eos, **search)
+            for i, answer in zip(indices, batch, strict=True):
                 answers[i] = tokenizer.decode(answer).strip()
     return answers
 
@@ -493,19 +493,19 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Ru
     """Classify the dev splits."""
     limit = min(s.max_length, model.config.max_positions)
     names = GLUE[s.task].labels
-    dev, found, rows, samples = {}, {}, [], []
+    dev, answers, rows, samples = {}, {}, [], []
     for split in GLUE[s.task].dev:
         texts_and_labels = read_glue(s.data, s.task, split)
         dev[split] = encode_glue(tokenizer, texts_and_labels, limit)
-        found[split] = classify(model, dev[split], s.eval_batch)
+        answers[split] = classify(model, dev[split], s.eval_batch)
         for i, (texts, label) in enumerate(texts_and_labels):
-            answer = found[split][i]  # noted beside its label, in the task's own words
+            answer = answers[split][i]  # noted beside its label, in the task's own words
             right, said = (names[int(y)] if names else f"{y:.3f}" for y in (label, answer))
             rows.append((split, i, right, said))
             samples.append(("\n".join(texts), said, right))
     out.write_table(["split", "index", "label", "prediction"], rows)
     out.write_samples(samples)
-    return glue_scores(s.task, found, dev)
+    return glue_scores(s.task, answers, dev)
 
 
 def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> dict:

@@ -121,9 +121,9 @@ def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
 
 def load_lora(model: Transformer, folder: Path) -> Transformer:
     """Add the LoRA in peft's folder to a model without one."""
-    found = read_peft(folder, model.config.family, model.config.d_model)
-    add_lora(model, found.r, found.alpha, found.dropout, found.targets)
-    fill(adapters(model), found.tensors, f"{folder} {OTHER_SHAPE}")
+    adapter = read_peft(folder, model.config.family, model.config.d_model)
+    add_lora(model, adapter.r, adapter.alpha, adapter.dropout, adapter.targets)
+    fill(adapters(model), adapter.tensors, f"{folder} {OTHER_SHAPE}")
     return model
 
 

@@ -226,11 +226,11 @@ def end_epoch(
     s: Settings, run: RunFolder, model: Transformer, dev: Splits, at: Progress, entry: dict
 ) -> None:
     """Score the dev set, note it in the log, and keep the weights if no epoch was better."""
-    found = dev_scores(model, s.task, dev, s.eval_batch)
-    at.log.append(dict(entry, **found, seconds_per_step=at.seconds / at.step, curve=at.curve))
+    scores = dev_scores(model, s.task, dev, s.eval_batch)
+    at.log.append(dict(entry, **scores, seconds_per_step=at.seconds / at.step, curve=at.curve))
     run.write_log(at.log, trained_tensors(model))
-    scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
-    tqdm.write(f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, {scores}")
+    text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+    tqdm.write(f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, {text}")
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
