@@ -256,9 +256,6 @@ def dev_scores(model: Transformer, task: str, dev: Splits, batch_size: int) -> S
     return scores
 
 
-# -------------------------------------------------------------------------------------- beam search
-
-
 def ban_repeats(log_p: Tensor, answers: Tensor, n: int) -> Tensor:
     """Forbid every token that would complete an n-gram that the answer already holds. Only the
     answer counts, as in the LoRA code: what the prompt says may be said again.
@@ -413,9 +410,6 @@ def generate(
             for i, answer in zip(indices, batch, strict=True):
                 answers[i] = tokenizer.decode(answer).strip()
     return answers
-
-
-# ------------------------------------------------------------------------- a run and its evaluation
 
 
 def build(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:

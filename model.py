@@ -124,9 +124,9 @@ def attention_mask(seen: Tensor, N: int, causal: bool) -> Tensor:
     mask = seen[:, None, None, :].expand(B, 1, N, S)
     if causal:
         mask = mask & torch.ones_like(mask).tril(past)
-    # A padding token sees itself, so that no row of the softmax is empty (NaN).
+    # A token that sees nothing (padding on the left) sees itself: an empty row's softmax is NaN.
     itself = torch.eye(N, S, dtype=torch.bool, device=seen.device).roll(past, dims=1)
-    return mask | itself
+    return mask | (itself & ~mask.any(-1, keepdim=True))
 
 
 def rope_angles(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ parameters are the gate's and, if it is learned, alpha.
 - In a language model only the prompt votes: later tokens must not decide how earlier ones are
   read, and while a text is written they do not exist yet. The decision then stands until the text
   ends, so the cached keys and values stay valid.
-- With alpha = 1, or if the gate picks layer t in slot t, the result is the LoRA model's to the bit.
 """
 
 import math
@@ -39,13 +38,18 @@ from support.settings import check_fields, setting
 
 
 def linear_gate(d_model: int, T: int, config: "MoLExConfig") -> nn.Module:
-    """g(z) = W z + b, section 2.2: (..., D) -> (..., T)."""
-    return nn.Linear(d_model, T)
+    """g(z) = W z + b, section 2.2: (..., D) -> (..., T). It starts as these models' layers do."""
+    gate = nn.Linear(d_model, T)
+    nn.init.normal_(gate.weight, std=0.02)
+    nn.init.zeros_(gate.bias)
+    return gate
 
 
 class CosineGate(nn.Module):
     """The router of X-MoE (Chi et al., 2022): project z, take the cosine with one learned
-    embedding per layer, divide by a learned temperature. (..., D) -> (..., T)."""
+    embedding per layer, divide by a learned temperature. (..., D) -> (..., T). The authors' own
+    has a bias in the projection, normalises the projected states over the sequence, and multiplies
+    by a temperature that starts at 2."""
 
     def __init__(self, d_model: int, T: int, config: "MoLExConfig") -> None:
         super().__init__()
@@ -71,15 +75,15 @@ def by_mode(votes: Tensor, affinity: Tensor) -> Tensor:
 
 
 def renormalised(log_a: Tensor) -> Tensor:
-    """Eq. 4, softmax after TopK: a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K).
+    """Eq. 4, softmax after TopK: a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K). With
+    K = 1 that is 1, whatever the gate says: load balance alone teaches it, not the task."""
+    return log_a.softmax(-1) if log_a.shape[-1] > 1 else torch.ones_like(log_a)
 
-    With K = 1 that is 1, whatever the gate says, and the task could not teach the gate anything;
-    so the gradient is passed straight through, as if the weight were a_nj.
-    """
-    w = log_a.softmax(-1)
-    if w.shape[-1] == 1:
-        w = w + (log_a.exp() - log_a.exp().detach())
-    return w
+
+def straight_through(log_a: Tensor) -> Tensor:
+    """The same but that with K = 1 the task teaches the gate, as if the weight were a_nj."""
+    a = log_a.exp()
+    return renormalised(log_a) + (a - a.detach() if a.shape[-1] == 1 else 0)
 
 
 def prob(log_a: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def prob(log_a: Tensor) -> Tensor:
 GATES = {"linear": linear_gate, "cosine": CosineGate}
 LOG_AFFINITIES = {"softmax": nn.LogSoftmax(dim=-1), "sigmoid": F.logsigmoid}
 VOTES = {"mode": by_mode, "mean": by_mean}
-WEIGHTS = {"renormalised": renormalised, "prob": prob}
+WEIGHTS = {"renormalised": renormalised, "straight-through": straight_through, "prob": prob}
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ class MoLEx(nn.Module):
         return picks
 
     def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
-        """w_nj of the chosen layers, (B, N, K); WEIGHTS has two readings of the paper."""
+        """w_nj of the chosen layers, (B, N, K); WEIGHTS has the readings of the paper."""
         B, N, _ = log_a.shape
         kept = log_a.gather(-1, picks[:, None].expand(B, N, -1))
         return WEIGHTS[self.config.gate_weight](kept)
@@ -302,9 +306,8 @@ if __name__ == "__main__":
     def show(t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
         picks = MoLEx.choose(molex, t, log_a, favourite, ctx)
         votes = favourite.sum((0, 1)).tolist()
-        a = log_a.exp()[..., picks[0]].mean().item()
-        print(f"slot {t}: votes {votes}, so layer {picks.item()} joins; mean affinity {a:.2f}")
+        print(f"slot {t}: votes {votes}, so layer {picks.item()} joins")
         return picks
 
     molex.choose, molex.config = show, MoLExConfig()
-    print(f"alpha = 0.95: logits differ by at most {(model(ids) - plain).abs().max().item():.2f}")
+    print(f"alpha = 0.95: logits differ by at most {(model(ids) - plain).abs().max():.2f}")

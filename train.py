@@ -3,7 +3,6 @@
     python train.py                                          the embedded default, on a laptop
     python train.py --model gpt2-medium --task e2e           the paper's E2E run (Tables 2 and 6)
     python train.py --model gpt2-medium --task e2e --compare --seeds 0 1 2 3 4
-    python train.py --model roberta-base --task rte               a cell of Table 1
     python train.py --model roberta-base --task glue --compare                all eight tasks
     python train.py --model roberta-base --task rte --init-from RUN   as in Table 9
     torchrun --nproc-per-node 4 train.py --model gpt2-medium --task e2e      data parallel
@@ -246,6 +245,9 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
         took = start_from(model, Path(s.init))
         if is_first():
             print(f"{s.name} starts from {s.init}: {took}")
+    balance_alone = s.molex and s.molex.top_k == 1 and s.molex.gate_weight == "renormalised"
+    if balance_alone and not s.load_balance and is_first():
+        print(f"{s.name}: without load balance nothing teaches the gate, which stays as drawn")
     model.cast_frozen()
     torch.manual_seed(s.seed + world()[0])  # dropout
     return model.train(), tokenizer
@@ -263,14 +265,14 @@ def start_from(model: Transformer, path: Path) -> str:
     theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
 
     def gate(tensors: dict) -> dict:
-        names = [n for n in tensors if n.startswith(("layers.gates.", "layers.alpha"))]
-        return {n: tensors[n].shape for n in names}
+        start = ("layers.gates.", "layers.alpha")
+        return {n: x.shape for n, x in tensors.items() if n.startswith(start)}
 
-    same = gate(ours) == gate(theirs)  # else the gate stays new
-    if not same:
-        drop = gate(ours).keys() | gate(theirs).keys()
-        ours = {n: p for n, p in ours.items() if n not in drop}
-        theirs = {n: w for n, w in theirs.items() if n not in drop}
+    same = gate(ours) == gate(theirs)
+    if not same:  # the gate stays new
+        for n in gate(ours) | gate(theirs):
+            ours.pop(n, None)
+            theirs.pop(n, None)
     fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
     return "all but its head" + ("" if same else " and its gate, for want of one of this shape")
 

@@ -20,10 +20,11 @@ def is_first() -> bool:
     return world()[0] == 0
 
 
-def sum_over_processes(*tensors: Tensor) -> None:
-    """Add up tensors over all processes, in place and in one message."""
+def sum_over_processes(*tensors: Tensor | None) -> None:
+    """Add up tensors (None: nothing) over all processes, in place and in one message."""
     if not dist.is_initialized():
         return
+    tensors = [x for x in tensors if x is not None]
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
     for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):

@@ -217,7 +217,7 @@ def test_sequence_routing_answers_the_same_alone_and_in_a_batch(family, top_k):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_batch_routing_holds_the_route_of_the_batchs_prompts(family, top_k):
     model = molex_model(family, route="batch", top_k=top_k, alpha=0.4)
-    prompts, search = random_prompts(4, seed=2), (3, 0.9, 4, 14)
+    prompts, search = random_prompts(4, seed=3), (3, 0.9, 4, 14)
     together = beam_search(model, prompts, 0, *search)
     assert together == slow_answers(model, [prompts], *search)
     assert together != [beam_search(model, [p], 0, *search)[0] for p in prompts]

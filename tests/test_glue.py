@@ -511,6 +511,7 @@ def test_loss_is_the_mean_over_the_examples(roberta, glue, task, decoder):
     loss, the gradients, and the predictions. Every sequence chooses its own layers, so that they
     do not depend on the batch."""
     flags = f"--data {glue} --dropout 0 --route sequence --clip 0 --load-balance 0"
+    flags += " --gate-weight straight-through"
     s = settings("nano/gpt2" if decoder else roberta, task, flags)
     model, tokenizer = prepare(s, CPU)
     examples = some_examples(s, tokenizer)
@@ -739,7 +740,7 @@ def test_a_learnable_task_is_learned(roberta, tmp_path):
 @pytest.mark.parametrize("tune", ["full", "bitfit", "lora"])
 def test_what_is_trained(roberta, glue, tune, molex):
     """By name, and by what a step changes."""
-    s = settings(roberta, "mrpc", f"--data {glue} --tune {tune}", molex)
+    s = settings(roberta, "mrpc", f"--data {glue} --tune {tune} --load-balance 0.01", molex)
     model, tokenizer = prepare(s, CPU)
     named = dict(model.named_parameters())
     new = {n for n in named if n.startswith(("head.", "layers.gates.", "layers.alpha"))}

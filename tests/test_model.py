@@ -100,6 +100,14 @@ def test_logits_equal_transformers_in_a_padded_batch(checkpoint, name, side):
     close(*((ours, expected) if ours.dim() == 2 else (ours[mask], expected[mask])))
 
 
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "llama"])
+@torch.no_grad()
+def test_padding_has_the_states_of_transformers(checkpoint, name):
+    """On the right, too, where it reads the real tokens, or the earlier ones, and not itself."""
+    ids, mask = pad([random_ids(n, seed=n) for n in (9, 5, 1)], "right", to=12)
+    close(load_lm(checkpoint(name), head_of(name))(ids, mask), theirs(tiny(name), ids, mask))
+
+
 @pytest.mark.parametrize(
     "name, changes",
     [

@@ -25,7 +25,7 @@ import train
 from data import Example
 from lora import add_lora, loras
 from model import Cache, Config, Context, Transformer, rope_angles
-from molex import CosineGate, MoLExConfig, upcycle
+from molex import GATES, CosineGate, MoLExConfig, upcycle
 from support.files import InputError
 
 FAMILIES = ("gpt2", "llama", "roberta")
@@ -212,9 +212,11 @@ def by_hand(model: Transformer, sequences: list):
                 v = torch.zeros_like(z[n])
                 for j in routes[t][i]:
                     w = a[i][n][j]
-                    if c.gate_weight == "renormalised" and c.top_k == 1:
-                        w = 1 + w - w.detach()  # straight through
-                    elif c.gate_weight == "renormalised":
+                    if c.gate_weight == "straight-through" and c.top_k == 1:
+                        w = 1 + w - w.detach()
+                    elif c.gate_weight == "renormalised" and c.top_k == 1:
+                        w = torch.ones_like(w)  # Eq. 4 as it stands
+                    elif c.gate_weight != "prob":
                         w = w / sum(a[i][n][chosen] for chosen in routes[t][i])
                     v = v + w * update[j][i][n]
                 rows.append(z[n] + alpha * update[t][i][n] + (1 - alpha) * v)
@@ -230,7 +232,7 @@ OPTIONS = dict(
     layers=(None, (1, 2)),
     learn_alpha=(False, True),
     individual_gates=(False, True),
-    gate_weight=("renormalised", "prob"),
+    gate_weight=("renormalised", "straight-through", "prob"),
 )
 
 
@@ -297,14 +299,14 @@ def test_alpha_1_is_lora_bit_for_bit(family, gate, route, top_k):
     assert_is_lora(molex_model(family, gate=gate, route=route, top_k=top_k, alpha=1.0))
 
 
-@pytest.mark.parametrize("gate_weight", ["renormalised", "prob"])
+@pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
 @pytest.mark.parametrize("vote", ["mode", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_weight):
     model = molex_model(
         family, vote=vote, gate_weight=gate_weight, individual_gates=True, alpha=0.3
     )
-    sure = 3.0 if gate_weight == "renormalised" else 1e4  # the affinity itself has to be 1
+    sure = 1e4 if gate_weight == "prob" else 3.0  # the affinity itself has to be 1
     gate_to(model, [[sure * (j == t) for j in range(4)] for t in range(4)])
     assert_is_lora(model)
     assert torch.equal(model.layers.routes.counts, 3 * torch.eye(4).long())
@@ -496,7 +498,9 @@ def trained(model: Transformer) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("gate, activation", [("linear", "softmax"), ("cosine", "sigmoid")])
 @pytest.mark.parametrize(
-    "gate_weight, top_k", [("prob", 1), ("prob", 2), ("renormalised", 2), ("renormalised", 1)]
+    "gate_weight, top_k",
+    [("prob", 1), ("prob", 2), ("renormalised", 2), ("renormalised", 1)]
+    + [("straight-through", 1), ("straight-through", 2)],
 )
 def test_gradients(gate_weight, top_k, gate, activation, route):
     """Of gate, alpha and LoRA: equal to finite differences, and to those of the plain loops. For
@@ -515,7 +519,7 @@ def test_gradients(gate_weight, top_k, gate, activation, route):
     for name, g, e in zip(parameters, gradient, expected, strict=True):
         assert g.abs().max() > 1e-6, name
         torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n} {m}")
-    if (gate_weight, top_k) == ("renormalised", 1):
+    if (gate_weight, top_k) == ("straight-through", 1):
         return
     step = 1e-5
     for (name, p), g in zip(parameters.items(), gradient, strict=True):
@@ -532,8 +536,8 @@ def test_gradients(gate_weight, top_k, gate, activation, route):
 
 
 def test_the_straight_through_gradient_adds_nothing_to_the_value():
-    """Renormalised weights of K = 1 are exactly 1, and yet the task's loss reaches the gate."""
-    model = molex_model("gpt2", alpha=0.5).train()
+    """The weights of K = 1 are exactly 1, and yet the task's loss reaches the gate."""
+    model = molex_model("gpt2", alpha=0.5, gate_weight="straight-through").train()
     sharp, _, _ = run(model, SEQUENCES)
     gate = model.layers.gates[0]
     torch.cat(sharp).square().sum().backward()
@@ -544,6 +548,26 @@ def test_the_straight_through_gradient_adds_nothing_to_the_value():
         dull, _, _ = run(model, SEQUENCES)
     for x, y in zip(dull, sharp, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("gate", ["linear", "cosine"])
+def test_with_one_layer_load_balance_alone_teaches_the_gate(gate):
+    """Eq. 4 as it stands: the weight of K = 1 is 1, so the task has no gradient to the gate."""
+    model = molex_model("gpt2", gate=gate, alpha=0.5, learn_alpha=True).train()
+    logits, balance, _ = run(model, SEQUENCES)
+    torch.cat(logits).square().sum().backward(retain_graph=True)
+    gates = dict(model.layers.gates.named_parameters())
+    assert all(p.grad is None for p in gates.values())
+    assert model.layers.alpha_logit.grad.abs().max() > 1e-3
+    balance.backward()
+    assert all(p.grad.abs().max() > 0 for p in gates.values())
+
+
+def test_the_linear_gate_starts_as_the_models_layers_do():
+    torch.manual_seed(0)
+    gate = GATES["linear"](1024, 24, MoLExConfig())
+    assert gate.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert gate.weight.mean().abs() < 5e-4 and not gate.bias.any()
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -634,7 +658,7 @@ def test_table_14s_parameters():
         (dict(gate="quadratic"), "gate is 'quadratic', not linear or cosine"),
         (dict(activation="tanh"), "activation is 'tanh', not softmax or sigmoid"),
         (dict(vote="median"), "vote is 'median', not mode or mean"),
-        (dict(gate_weight="one"), "gate-weight is 'one', not renormalised or prob"),
+        (dict(gate_weight="one"), "is 'one', not renormalised or straight-through or prob"),
         (dict(route="token"), "route is 'token', not batch or sequence"),
         (dict(top_k=0), "top-k cannot be 0"),
         (dict(top_k=5), "top-k is 5, but the model has 4 layers"),
@@ -699,7 +723,7 @@ def test_under_autocast_the_gate_scores_in_float32(gate):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("gate_weight", ["renormalised", "prob"])
+@pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("route", ROUTES)
 def test_extreme_scores_stay_finite(activation, gate_weight, top_k, route):

@@ -282,7 +282,7 @@ def test_the_load_balance_loss_trains_the_gate():
     """With the same data and start, its coefficient changes the gate's gradient and nothing of the
     reported loss."""
     moved, losses = [], []
-    for coefficient in ("0", "5"):
+    for coefficient in ("0.1", "5"):
         s = settings(f"--lora-dropout 0 --load-balance {coefficient}")
         model, tokenizer = prepare(s, CPU)
         optimizer, _ = make_optimizer(model, s, 10)
@@ -605,6 +605,32 @@ def test_the_interval_of_a_mean_is_students(n):
     values = torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
     low, high = stats.t.interval(0.95, n - 1, loc=0, scale=stats.sem(values))
     assert interval(values) == pytest.approx((high - low) / 2, rel=2e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_load_balance_the_gate_stays_as_drawn(tmp_path, processes):
+    """Neither a missing gradient nor weight decay moves it, and that is said once."""
+    flags = f"--model nano/roberta --task mrpc --load-balance 0 --max-steps 3 --out {tmp_path}"
+    launch = "" if processes == 1 else "-m torch.distributed.run --standalone --nproc-per-node 2 "
+    command = f"{sys.executable} {launch}{ROOT / 'train.py'} {flags} --clip 1"
+    done = subprocess.run(command.split(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "nano-roberta-mrpc-molex-s0"
+    said = f"{folder.name}: without load balance nothing teaches the gate, which stays as drawn"
+    assert done.stdout.count(said) == 1
+    trained = load_file(folder / "adapter.safetensors")
+    start = trained_tensors(prepare(evaluation.read_run(folder)[0], CPU)[0])
+    gate = [name for name in trained if name.startswith("layers.gates")]
+    assert gate and all(torch.equal(trained[name], start[name]) for name in gate)
+    assert not torch.equal(trained["head.out.weight"], start["head.out.weight"])
+
+
+@pytest.mark.parametrize("flags", ["--load-balance 0.01", "--gate-weight prob", "--top-k 2"])
+def test_a_gate_that_is_taught_is_not_said_to_stay(flags, capsys):
+    for balance in ("", "--load-balance 0 "):
+        if "load" not in flags or not balance:
+            prepare(settings(balance + flags), CPU)
+    assert "stays as drawn" not in capsys.readouterr().out
 
 
 def test_two_processes_equal_one(tmp_path):
