@@ -22,6 +22,7 @@ parameters are the gate's and, if it is learned, alpha.
 
 import math
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +163,10 @@ class MoLEx(nn.Module):
             return self.alpha_logit[self.copy(t)].sigmoid()
         return self.config.alpha
 
+    @torch.no_grad()
     def mean_alpha(self) -> float:
         """Of the slots that mix."""
-        if self.config.learn_alpha:
-            return self.alpha_logit.sigmoid().mean().item()
-        return self.config.alpha
+        return mean(float(self.alpha(t)) for t in self.slots)
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         self.load_balance = z.new_zeros((), dtype=torch.float32) if self.training else None

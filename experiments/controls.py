@@ -3,7 +3,9 @@
 The paper compares LoRA with LoRA + MoLEx (Tables 1 and 2). Between the two lie a second layer in
 every slot, a gate that chooses it, an alpha, and more compute. Here each has an arm of its own:
 
-    lora, molex, prob, sequence   LoRA; MoLEx; with --gate-weight prob; with --route sequence
+    lora, molex, published        LoRA; MoLEx; MoLEx as the authors' code has it (as_published.py)
+    straight-through, prob        MoLEx with that --gate-weight: the task teaches the gate, too
+    sequence                      with --route sequence
     frozen                        the gate stays at its random start (--gate-lr 0)
     random                        another layer, drawn anew for every slot and batch
     neighbour, permutation        a fixed other layer: t + 1 (for the last t - 1); a random cycle
@@ -80,6 +82,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import GLUE, TASKS, Example, Tokenizer
 from eval import bleu, decode_test, dev_scores, load_run, read_run
+from experiments import as_published
 from lora import merge, trained_tensors
 from model import Transformer
 from molex import MoLEx
@@ -115,12 +118,15 @@ class Arm:
     molex: bool = True  # or LoRA alone
     pick: Callable[[int, int], Pick] | None = None  # (T, seed) -> in the gate's place
     times: int = 1  # as many steps
+    published: bool = False  # see as_published.py
     of: tuple[str, ...] = ()  # trains nothing: the first's run, with what the second's has trained
 
 
 ARMS = {
     "lora": Arm(molex=False),
     "molex": Arm(),
+    "published": Arm(published=True),
+    "straight-through": Arm("--gate-weight straight-through"),
     "prob": Arm("--gate-weight prob"),
     "sequence": Arm("--route sequence"),
     "frozen": Arm("--gate-lr 0"),
@@ -167,6 +173,14 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     if (folder / "controls.json").exists():
         return
     print(folder, flush=True)
+    if arm.published:
+        found = as_published.run(s, folder, device)
+        last = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
+        gate = last["curve"][-1]
+        found.update(alpha=gate["alpha"], own=100 * gate["own"])
+        found["seconds"] = last["step"] * last["seconds_per_step"]
+        write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
+        return
     model, tokenizer = train.prepare(s, device)
     examples, dev = train.read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
     with locked(folder):
@@ -194,7 +208,7 @@ def score(
     found = dev_scores(model, s.task, dev, s.eval_batch) | dict(alpha=1.0, own=100.0)
     layers = model.layers
     if isinstance(layers, MoLEx):
-        found["alpha"] = mean(float(layers.alpha(t)) for t in layers.slots)
+        found["alpha"] = layers.mean_alpha()
         found["own"] = 100 * (layers.routes.counts.trace() / layers.routes.counts.sum()).item()
     if s.task == "e2e":
         merge(model)
@@ -276,7 +290,14 @@ def main() -> None:
                 if bool(s.molex) == arm.molex:
                     longer = dict(epochs=arm.times * s.epochs)
                     longer["max_steps"] = s.max_steps and arm.times * s.max_steps
-                    plan[name][s.seed] = replace(s, **longer)
+                    s = replace(s, **longer)
+                    if arm.published:
+                        try:
+                            s = as_published.as_script(s)
+                        except InputError as error:
+                            print(f"{name} is left out: {error}")
+                            continue
+                    plan[name][s.seed] = s
     task = runs[0].task
     metrics = {"e2e": ["bleu", "dev_loss"], "alpaca": ["dev_loss"]}.get(task)
     metrics = metrics or [GLUE[task].metric]
