@@ -11,8 +11,9 @@ from test_molex import VOCAB, lora_model
 
 import train
 from data import Example, collate
-from experiments import as_published
+from experiments import as_published, padding_votes
 from experiments.as_published import as_script, padded_collate, publish
+from experiments.padding_votes import whose_route
 from model import Cache, Transformer
 from molex import MoLExConfig
 from support.files import InputError
@@ -245,3 +246,49 @@ def test_bad_input(flags, message, failure, tmp_path):
 def test_a_llama_is_refused():
     with pytest.raises(InputError, match="GPT-2 and RoBERTa, and no Llama"):
         publish(lora_model("llama", 2, 16), MoLExConfig())
+
+
+@pytest.mark.parametrize("vote", ["mode", "mean"])
+@torch.no_grad()
+def test_whose_route_it_is(vote):
+    """Counted position by position: the shares of padding's votes, and of routes that are its."""
+    model = published_model("roberta", vote=vote, individual_gates=True).eval()
+    torch.manual_seed(7)
+    lengths = [3, 8, 5, 2, 6]
+    examples = [Example(torch.randint(2, VOCAB, (n,)).tolist(), label=0) for n in lengths]
+    padding, its, texts, decisions = whose_route(model, examples, 2, 9)
+    assert padding == pytest.approx(100 * (1 - sum(lengths) / (9 * 5)))
+    assert decisions == 4 * 3
+    same = {"padding": 0, "text": 0}
+    for start in (0, 2, 4):
+        part = examples[start : start + 2]
+        batch = padded_collate(model.config, 9)(part)
+        states, elect = [], model.layers.elect
+        model.layers.elect = lambda t, z, e=elect, s=states: s.append(z) or e(t, z)
+        model.hidden(batch.ids, batch.mask)
+        del model.layers.elect
+        for gate, z in zip(model.layers.gates, states, strict=True):
+            votes = {"all": [0.0] * 4, "padding": [0.0] * 4, "text": [0.0] * 4}
+            for i, e in enumerate(part):
+                for n in range(9):
+                    a = (gate.weight @ z[i, n] + gate.bias).softmax(0).tolist()
+                    for who in ("all", "text" if n < len(e) else "padding"):
+                        for j in range(4):
+                            votes[who][j] += a[j] if vote == "mean" else a[j] == max(a)
+            winner = {who: v.index(max(v)) for who, v in votes.items()}
+            for who in same:
+                same[who] += winner[who] == winner["all"]
+    assert (its, texts) == pytest.approx((100 * same["padding"] / 12, 100 * same["text"] / 12))
+    assert its != texts
+
+
+def test_padding_votes_reads_a_run(tmp_path, monkeypatch, capsys, failure):
+    monkeypatch.chdir(tmp_path)
+    call(padding_votes)
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = [float(x) for x in re.findall(r"([\d.]+) %", line)]
+    assert line.startswith("nano/roberta, CoLA, seed 0") and len(found) == 3
+    assert 85 < found[0] < 92  # 28 of 256 tokens are text
+    call(padding_votes, "runs/padding-votes/nano-roberta-cola-molex-s0")
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert "finished epoch" in failure(call, padding_votes, tmp_path)
