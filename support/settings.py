@@ -259,6 +259,7 @@ def settle(
     chosen.update(given)
     of_gate = {f.name for f in fields(gate)}
     molex = gate(**{name: chosen[name] for name in of_gate})
+    check_fields(molex, "--")
     molex.check(config["n_layer"])
     differs = {}
     for name, value in chosen.items():
