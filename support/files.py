@@ -135,8 +135,8 @@ def read_table(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a table, each as ("FILE, line N", {column: value}). With commas a value may be
     quoted; otherwise a quotation mark is text. header: the columns, if the file does not name them.
-    ragged: rows with too few values are left out, which is said. Raises InputError if one of
-    `columns` or a value is missing, or if there are no rows."""
+    ragged: rows with too few values, or too many, are left out, which is said. Raises InputError
+    if one of `columns` or a value is missing, or if there are no rows."""
     if delimiter == ",":
         reader = csv.reader(line + "\n" for line in read_lines(path))
         rows = ((reader.line_num, row) for row in reader if row)  # a row may go over several lines
@@ -149,9 +149,9 @@ def read_table(
     count = broken = 0
     for number, row in rows:
         where = f"{path}, line {number}"
-        if len(row) > len(names) and delimiter != "\t":
+        if len(row) > len(names) and delimiter == ",":
             raise InputError(f"{where}: more values than columns; quote values that hold a comma")
-        if len(row) < len(names):
+        if len(row) != len(names):
             if not ragged:
                 raise InputError(f"{where}: {len(row)} columns, not {len(names)}")
             broken += 1
@@ -159,7 +159,7 @@ def read_table(
         count += 1
         yield where, dict(zip(names, row, strict=False))
     if broken:
-        print(f"{path}: left out {broken} rows with too few columns")
+        print(f"{path}: left out {broken} rows with too few columns, or too many")
     if not count:
         raise InputError(f"{path} holds no examples")
 

@@ -3,14 +3,14 @@ paired bootstrap; and files of outputs and references, as the E2E challenge's sc
 
 Predictions: one per line, or a .csv/.tsv file with the columns MR and output. References: one per
 line with a blank line between groups (without any blank line, one for each prediction), or a table
-with the columns mr and ref, where consecutive rows with the same MR form a group. Two tables are
-matched by MR, anything else by order.
+with the columns mr and ref; all rows with the same MR form a group. Two tables are matched by MR,
+anything else by order. COLUMNS has other names that the challenge's README allows for the columns.
 """
 
 import csv
 import re
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import lru_cache
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
@@ -117,11 +117,19 @@ def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> 
     return 1.0 if before.score == after.score else after.p_value
 
 
+COLUMNS = {
+    "mr": ("mr", "source", "src", "meaning representation"),
+    "output": ("output", "system output", "system", "sys", "prediction"),
+    "ref": ("ref", "reference", "references", "human", "target", "trg"),
+}
+
+
 def clean(value: str) -> str:
-    """A table's value with one quotation mark off each end, wrongly encoded characters repaired."""
+    """A table's value without quotation marks around the whole, wrongly encoded characters
+    repaired. A mark that only opens or closes a part of it stays."""
     for wrong, right in (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")):
         value = value.replace(wrong, right)
-    return re.sub(r"""^\s*['"]?\s*|\s*['"]?\s*$""", "", value)
+    return re.sub(r"""^(['"])((?:(?!\1).)*)\1$""", r"\2", value.strip(), flags=re.DOTALL).strip()
 
 
 def read_column(path: Path, column: str) -> list[tuple[str, str]]:
@@ -130,7 +138,9 @@ def read_column(path: Path, column: str) -> list[tuple[str, str]]:
     lines = read_lines(path)
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
     rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
-    names = [clean(name).lower() for name in rows[0]]
+    names = [clean(name).lower().replace("_", " ") for name in rows[0]]
+    for ours, others in COLUMNS.items():
+        names = [ours if name in others else name for name in names]
     if "mr" in names or column in names:
         del rows[0]
     else:
@@ -151,29 +161,30 @@ def read_outputs(predictions: Path, references: Path) -> tuple[Texts, References
     file). Raises InputError if a file is missing, empty or malformed, or if an MR has no prediction
     or a prediction no MR."""
     tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
-    mrs, groups = [], []
-    if tables[references]:
-        for mr, rows in groupby(read_column(references, "ref"), key=lambda row: row[0]):
-            mrs.append(mr)
-            groups.append([text for _, text in rows])
-    else:
+    if not tables[references]:
         lines = read_lines(references)
         groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
         if len(groups) == 1:
             groups = [[line] for line in groups[0]]
-    if not tables[predictions]:
+        if tables[predictions]:
+            return [text for _, text in read_column(predictions, "output")], groups
         return read_lines(predictions), groups
-    rows = read_column(predictions, "output")
-    if not tables[references]:
-        return [text for _, text in rows], groups
-    by_mr = defaultdict(list)
+    rows = read_column(references, "ref")
+    by_mr, outputs = defaultdict(list), defaultdict(list)
     for mr, text in rows:
         by_mr[mr].append(text)
-    outputs = []
-    for mr in mrs:
-        if not by_mr[mr]:
+    # An MR may have an output for each stretch of rows with it, or one in all.
+    stretches = [mr for mr, _ in groupby(rows, key=lambda row: row[0])]
+    if not tables[predictions]:
+        texts = read_lines(predictions)
+        mrs = stretches if len(texts) == len(stretches) else [*by_mr]
+        return texts, [by_mr[mr] for mr in mrs]
+    for mr, text in read_column(predictions, "output"):
+        outputs[mr].append(text)
+    mrs = [*by_mr] if all(len(texts) == 1 for texts in outputs.values()) else stretches
+    for mr, count in Counter(mrs).items():
+        if len(outputs[mr]) < count:
             raise InputError(f"{predictions} has no output for the MR {mr!r}")
-        outputs.append(by_mr[mr].pop(0))
-    if left := [mr for mr, texts in by_mr.items() if texts]:
+    if left := [mr for mr, texts in outputs.items() if len(texts) > mrs.count(mr)]:
         raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
-    return outputs, groups
+    return [outputs[mr].pop(0) for mr in mrs], [by_mr[mr] for mr in mrs]

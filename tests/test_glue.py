@@ -381,6 +381,7 @@ def test_hub_out_of_reach(monkeypatch):
          "line 2: label 'neutral' is not one of entailment, not_entailment"),
         ("cola", "dev", "x\t1\t\ta\nx\t2\t\tb\n", "line 2: label '2' is not one of 0, 1"),
         ("cola", "dev", "x\t1\t\ta\nx\t1\tb\n", "line 2: 3 columns, not 4"),
+        ("cola", "dev", "x\t1\t\ta\nx\t1\t\tb\tc\n", "line 2: 5 columns, not 4"),  # a tab in a text
         ("sst2", "dev", "sentence\tlabel\na\t\n", "line 2: label ''"),
         ("sst2", "dev", "sentence\tlabel\ncafé\t1\n".encode("latin-1"), "not UTF-8"),
         *(("stsb", "dev", f"sentence1\tsentence2\tscore\na\tb\t1.5\na\tb\t{score}\n",

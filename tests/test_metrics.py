@@ -27,7 +27,7 @@ from conftest import call, need_shared
 import eval as evaluation
 from eval import bleu, cider, e2e_scores, meteor, nist, rouge_l
 from support.files import InputError
-from support.scoring import paired_bootstrap, ptb_tokens, read_outputs
+from support.scoring import clean, paired_bootstrap, ptb_tokens, read_outputs
 
 # Made to be awkward: currency, brackets, quotation marks, contractions, hyphens, numbers, newlines,
 # the separator of METEOR's protocol, entities, an empty prediction and very short ones.
@@ -504,9 +504,57 @@ def test_read_files_matches_tables_by_mr(files, predictions):
     assert by_order == ["Second output.", "First output."]
 
 
+@pytest.mark.parametrize(
+    "mr, output, ref",
+    [
+        ("MR", "output", "ref"),
+        ("source", "system output", "reference"),
+        ("src", "sys", "trg"),
+        ("meaning_representation", "system_output", "human"),
+    ],
+)
+def test_the_challenges_own_names_of_columns(tmp_path, mr, output, ref):
+    (tmp_path / "p.tsv").write_text(f"{mr}\t{output}\nA\tOne.\nB\tTwo.\n")
+    (tmp_path / "r.tsv").write_text(f"{ref}\t{mr}\nFirst.\tA\nSecond.\tB\n")
+    found = read_outputs(tmp_path / "p.tsv", tmp_path / "r.tsv")
+    assert found == (["One.", "Two."], [["First."], ["Second."]])
+
+
+def test_all_rows_of_an_mr_are_its_references(tmp_path):
+    """As in the cleaned E2E data, where they do not follow each other."""
+    (tmp_path / "r.csv").write_text("mr,ref\nA,a1\nB,b1\nB,b2\nA,a2\n")
+    A, B = ["a1", "a2"], ["b1", "b2"]
+    for name, text, outputs, groups in (
+        ("once.tsv", "MR\toutput\nB\ty\nA\tx\n", ["x", "y"], [A, B]),
+        ("each.tsv", "MR\toutput\nA\tx\nA\tz\nB\ty\n", ["x", "y", "z"], [A, B, A]),
+        ("once.txt", "x\ny\n", ["x", "y"], [A, B]),
+        ("each.txt", "x\ny\nz\n", ["x", "y", "z"], [A, B, A]),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_outputs(tmp_path / name, tmp_path / "r.csv") == (outputs, groups)
+    (tmp_path / "less.tsv").write_text("MR\toutput\nA\tx\nA\tz\n")
+    with pytest.raises(InputError, match="no output for the MR 'B'"):
+        read_outputs(tmp_path / "less.tsv", tmp_path / "r.csv")
+
+
+@pytest.mark.parametrize(
+    "value, right",
+    [
+        ('"Blue Spice is a pub."', "Blue Spice is a pub."),
+        (" 'Blue Spice' ", "Blue Spice"),
+        ("'The Phoenix' is a pub", "'The Phoenix' is a pub"),
+        ("near 'The Vaults'", "near 'The Vaults'"),
+        ("'The Phoenix' is near 'The Vaults'", "'The Phoenix' is near 'The Vaults'"),
+        ('"', '"'),
+    ],
+)
+def test_quotation_marks_go_only_if_they_are_around_the_whole(value, right):
+    assert clean(value) == right
+
+
 def test_read_files_repairs_values_like_the_script(files):
     outputs, _ = read_outputs(files / "repaired.csv", files / "table.csv")
-    assert outputs == ["Café' for £5", "Second output."]
+    assert outputs == ["'Café' for £5", "Second output."]  # a mark that opens a name stays
 
 
 @pytest.mark.parametrize(
