@@ -1,5 +1,4 @@
-"""What is not the method: files, settings, runs, tables. The six scripts use it; a reader of the
-paper never needs it.
+"""What is not the method, so a reader of the paper never needs it: files, settings, runs, tables.
 
 The rule: no file here imports model, lora, molex, data, eval or train. It is handed what it needs
 of them: dictionaries, tensors, texts, functions, classes. If it knows what a layer is, it belongs

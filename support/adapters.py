@@ -19,9 +19,7 @@ from support.files import InputError, check, read_json, read_tensors
 Tensors = dict[str, Tensor]
 
 
-class Adapter(NamedTuple):
-    """A LoRA as a file holds it."""
-
+class Adapter(NamedTuple):  # a LoRA as a file holds it
     r: int
     alpha: float
     dropout: float

@@ -34,7 +34,6 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     for name, value in fixed.items():
         if c.get(name, value) != value:
             raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
-
     if isinstance(c.get("eos_token_id"), list):  # some models end in several ways
         c = c | {"eos_token_id": [*c["eos_token_id"], None][0]}
     token = (int, 0, check(c, {"vocab_size": COUNT}, where)["vocab_size"] - 1)

@@ -12,8 +12,7 @@ from support.files import InputError, reason
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, by default CUDA if there is one. Raises InputError if it cannot be
-    used here."""
+    """The device of that name; by default CUDA, if there is one. Raises InputError."""
     try:
         name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         return torch.empty(0, device=name).device
@@ -61,10 +60,8 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def layer_range(text: str) -> tuple[int, ...]:
     """The type of an argument such as "0-11" -> (0, 1, ..., 11)."""
-    slots = ()
-    if re.fullmatch(r"\d+(-\d+)?", text):
-        first, _, last = text.partition("-")
-        slots = tuple(range(int(first), int(last or first) + 1))
+    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    slots = ends and tuple(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     if not slots:
         raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; write it as 0-11")
     return slots

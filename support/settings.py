@@ -245,8 +245,7 @@ def settle(
     size = [config["family"], config["n_layer"], config["d_model"]]
     shape = next((name for name, known in PAPER["models"].items() if known == size), "")
     # 1) What counts if nothing is given.
-    base = dict(flags)
-    base.update(paper_settings(shape, task)[0])
+    base = flags | paper_settings(shape, task)[0]
     embedded_data = base.pop("data", None)  # the data beside the embedded models
     if task == "e2e":
         base["layers"] = tuple(range(min(12, config["n_layer"])))
@@ -254,9 +253,7 @@ def settle(
         base["dropout"] = config["dropout"]
     base.update(PAPER["presets"].get(tune, {}))
     # 2) What is chosen, and where that differs.
-    chosen = dict(base)
-    chosen.update(inherited)
-    chosen.update(given)
+    chosen = base | inherited | given
     of_gate = {f.name for f in fields(gate)}
     molex = gate(**{name: chosen[name] for name in of_gate})
     check_fields(molex, "--")
