@@ -113,7 +113,7 @@ class Published(MoLEx):
         return j
 
     def winner(self, scores: Tensor) -> int:
-        """Of scores (positions, T) the layer with most votes or the highest mean; or the lower."""
+        """Of scores (positions, T) the layer with most votes, or the best mean; then the first."""
         if self.config.vote == "mode":
             votes = F.one_hot(scores.argmax(-1), scores.shape[-1]).sum(0)
         else:
