@@ -149,7 +149,7 @@ def read_table(
     count = broken = 0
     for number, row in rows:
         where = f"{path}, line {number}"
-        if len(row) > len(names) and delimiter == ",":
+        if len(row) > len(names) and delimiter != "\t":
             raise InputError(f"{where}: more values than columns; quote values that hold a comma")
         if len(row) != len(names):
             if not ragged:
