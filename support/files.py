@@ -1,8 +1,7 @@
 """A user's files, and errors in one line.
 
-What is read is checked where it is read, against what is expected. What is written replaces the old
-file whole or not at all. A folder in use is locked. Whatever a user can put right is an InputError,
-which `cli.command_line` prints in one line, with exit code 2.
+What is read is checked against what is expected. What is written replaces the old file whole or not
+at all. Whatever a user can put right is an InputError, which `cli.command_line` prints in one line.
 """
 
 import csv
@@ -14,7 +13,7 @@ import reprlib
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import portalocker
@@ -215,8 +214,7 @@ def signals_wait(active: bool = True) -> Iterator[list[int]]:
 
 
 def locked(folder: Path) -> AbstractContextManager:
-    """A lock on a run folder, which ends with its process. Raises InputError if another process
-    has it, or if there can be no such folder."""
+    """A lock on a run folder, which ends with its process. Raises InputError without one."""
     path = folder.resolve()
     file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
     lock = portalocker.TemporaryFileLock(file, timeout=0)
@@ -224,8 +222,10 @@ def locked(folder: Path) -> AbstractContextManager:
         path.mkdir(parents=True, exist_ok=True)
         print(os.getpid(), file=lock.acquire(), flush=True)
     except portalocker.AlreadyLocked:
-        holder = file.read_text().strip()
-        raise InputError(f"{folder} is in use by process {holder}; wait for its end") from None
+        holder = "another process"
+        with suppress(OSError, ValueError):  # its file goes when it ends
+            holder = f"process {int(file.read_text())}"
+        raise InputError(f"{folder} is in use by {holder}; wait for its end") from None
     except (OSError, portalocker.LockException) as error:
         raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
     return lock

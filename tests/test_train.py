@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call, run_main
+from portalocker import AlreadyLocked
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
@@ -855,6 +856,21 @@ def test_a_second_process_is_told_of_the_first(short, failure, tmp_path, script)
     holder.join()
     started[0](*started[1:])
     assert not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_lock_whose_holder_has_just_ended_is_still_one_line(monkeypatch, tmp_path, text):
+    """Its file may be gone, or not yet written, when it is read for the message."""
+
+    def taken(lock):
+        Path(lock.filename).unlink(missing_ok=True)
+        if text is not None:
+            Path(lock.filename).write_text(text)
+        raise AlreadyLocked
+
+    monkeypatch.setattr("portalocker.TemporaryFileLock.acquire", taken)
+    with pytest.raises(InputError, match="run is in use by another process; wait for its end"):
+        locked(tmp_path / "run")
 
 
 def hold(folder: Path) -> None:
