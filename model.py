@@ -48,7 +48,7 @@ class Config:
     bos: int | None = None  # ids of the special tokens, None if there is none
     eos: int | None = None
     pad: int | None = None
-    # What tells the families apart; support/families.toml has a row of these for each.
+    # What tells the families apart; the flags of its section in support/families.toml.
     causal: bool = True  # a token sees only earlier ones; False: an encoder
     post_norm: bool = False  # a layer's norms come after its updates, not before
     rms_norm: bool = False  # RMSNorm, not LayerNorm

@@ -101,7 +101,7 @@ WEIGHTS = {"renormalised": renormalised, "straight-through": straight_through, "
 
 @dataclass(frozen=True)
 class MoLExConfig:
-    """The gate's settings, as in Tables 5 and 6. The defaults are the paper's for E2E."""
+    """The gate's settings, as in Tables 5 and 6. The defaults are Table 6's, but for `layers`."""
 
     gate: str = setting("linear", '"Cos" in Table 5 is cosine', *GATES)
     proj_dim: int = setting(128, "width of the cosine gate's projection", below=4097)
@@ -113,7 +113,7 @@ class MoLExConfig:
     learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
     gate_weight: str = setting("renormalised", "a reading of w_j (DECISIONS.md)", *WEIGHTS)
     route: str = setting("batch", "who decides on the layers", "batch", "sequence")
-    layers: tuple[int, ...] | None = setting(None, "slots that mix; None: all, E2E: the first 12")
+    layers: tuple[int, ...] | None = setting(None, "slots that mix (all; E2E: the first 12)")
     on_device: bool = setting(False, "the GPU alone learns which layer was chosen, no step waits")
 
     def check(self, T: int) -> None:

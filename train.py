@@ -99,7 +99,7 @@ def graphed_step(model: Transformer, optimizer: Optimizer, s: Settings) -> Graph
 
 def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimizer, LambdaLR]:
     """AdamW; the rate rises from zero for `warmup` steps, then falls to zero at `steps`, linearly.
-    Biases and norms do not decay, nor does a learned alpha, whose decay would pull it to 1/2."""
+    Biases and norms outside the gate do not decay, nor does a learned alpha: it would go to 1/2."""
     groups = defaultdict(list)  # (learning rate, weight decay) -> parameters
     for name, p in trained_tensors(model).items():
         if name.startswith("layers.alpha"):
@@ -328,7 +328,7 @@ def main() -> None:
     borrowed = paper_settings(runs[0].shape, runs[0].task)[1]
     with torchrun(pick_device(args.device)) as device:
         if is_first() and borrowed:
-            print(f"{runs[0].model} is given the settings of {borrowed}: the paper has none for it")
+            print(f"{args.model} is given the settings of {borrowed}: the paper has no such run")
         for s in runs:
             run(s, args.out, args.fresh, device)
         if is_first():

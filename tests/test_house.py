@@ -174,7 +174,7 @@ def test_a_task_of_glue_is_one_line(monkeypatch, tmp_path, capsys):
              f"--out {tmp_path / 'runs'}")  # fmt: skip
     said = capsys.readouterr().out
     assert "WNLI accuracy" in said and "paper:" not in said and "Not as in" not in said
-    assert "settings of presets.new_task in support/paper.toml: the paper has none" in said
+    assert "settings of presets.new_task in support/paper.toml: the paper has no such run" in said
     folder = tmp_path / "runs/nano-roberta-wnli-molex-s0"
     assert len((folder / "predictions.tsv").read_text().splitlines()) == 11
     call(evaluation, folder)
