@@ -39,7 +39,8 @@ class Tokenizer:
         self, config: Config, vocab: dict[str, int], merges: list, pattern: str, start: list = ()
     ) -> None:
         self.encoder, self.start = not config.causal, list(start)
-        self.bos, self.eos, self.pad = config.bos, config.eos, config.pad
+        self.bos, self.ends, self.pad = config.bos, config.eos, config.pad
+        self.eos = self.ends[0] if isinstance(self.ends, tuple) else self.ends
         # tiktoken wants symbols as bytes, and ranks (the order of merging) for ids
         byte_of = byte_symbols()
         symbols = list(dict.fromkeys([*byte_of, *(a + b for a, b in merges)]))

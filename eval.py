@@ -288,7 +288,7 @@ class Beams:
         self.done_length = self.ids.new_zeros(P, beams)
         self.score[:, 0] = 0.0  # all beams start alike: let one of them spread
 
-    def step(self, log_p: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    def step(self, log_p: Tensor, eos: Tensor) -> tuple[Tensor, Tensor]:
         """Go on by one token, log_p (P * beams, V). Returns from which beam each open one has come,
         (P, beams), and which prompts go on, (P,) bool."""
         # 1) The best continuations; even if half of 2 x beams end, enough can go on.
@@ -302,7 +302,7 @@ class Beams:
         ids = torch.cat([before, token[..., None]], dim=-1)  # (P, n or 2 n, s)
         # 2) Those that end, and those that go on.
         s = ids.shape[-1]
-        ends = (token == eos) | (s == self.longest)
+        ends = torch.isin(token, eos) | (s == self.longest)
         self.finish(ids[:, :n], score[:, :n], ends[:, :n], eos)
         self.score, keep = score.masked_fill(ends, -math.inf).topk(n)
         self.ids = take(ids, keep)
@@ -311,11 +311,11 @@ class Beams:
         going = best > (-math.inf if self.rule == "lora" else self.done_score[:, -1])
         return beam.gather(1, keep), going
 
-    def finish(self, ids: Tensor, score: Tensor, ends: Tensor, eos: int) -> None:
+    def finish(self, ids: Tensor, score: Tensor, ends: Tensor, eos: Tensor) -> None:
         """Of these answers those that end, and of earlier ones, keep the best `beams`."""
         s = ids.shape[-1]
         score = (score / s**self.penalty).masked_fill(~ends, -math.inf)
-        length = s - (ids[..., -1] == eos).long()  # the end token is left out
+        length = s - torch.isin(ids[..., -1], eos).long()  # the end token is left out
         padded = F.pad(ids, (0, self.longest - s))
         all_scores = torch.cat([self.done_score, score], dim=1)
         self.done_score, best = all_scores.topk(self.beams)
@@ -342,7 +342,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def beam_search(
     model: Transformer,
     prompts: list[list[int]],
-    eos: int,
+    eos: int | tuple[int, ...],
     beams: int = 10,
     length_penalty: float = 0.9,
     no_repeat_ngram: int = 4,
@@ -362,6 +362,7 @@ def beam_search(
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
     # 1) The prompts, padded on the left, fill the cache.
     device, longest = model.device, max(len(p) for p in prompts)
+    ends = torch.tensor(eos, device=device)
     padded = torch.tensor([[-1] * (longest - len(p)) + p for p in prompts], device=device)
     real = padded >= 0
     state = Beams(len(prompts), beams, max_new_tokens, length_penalty, beam_rule, device)
@@ -379,7 +380,7 @@ def beam_search(
             log_p = ban_repeats(log_p, state.ids.flatten(0, 1), no_repeat_ngram).log_softmax(-1)
         else:
             log_p = ban_repeats(log_p.log_softmax(-1), state.ids.flatten(0, 1), no_repeat_ngram)
-        beam, going = state.step(log_p, eos)
+        beam, going = state.step(log_p, ends)
         # 3) A prompt that is done has its answer; the others go on.
         going = going.tolist()  # the only values that the CPU reads in a step
         for row, prompt in enumerate(waiting):
@@ -406,7 +407,7 @@ def generate(
     answers = [""] * len(ids)
     with model.autocast():
         for indices in by_length(ids, batch_size, "beam search"):
-            batch = beam_search(model, [ids[i] for i in indices], tokenizer.eos, **search)
+            batch = beam_search(model, [ids[i] for i in indices], tokenizer.ends, **search)
             for i, answer in zip(indices, batch, strict=True):
                 answers[i] = tokenizer.decode(answer).strip()
     return answers
@@ -414,10 +415,10 @@ def generate(
 
 def build(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """A run's model before training (pretrained, with LoRA and MoLEx), and its tokenizer."""
-    head = "lm"
+    head, task = "lm", None
     if s.task in GLUE:
-        head = max(1, len(GLUE[s.task].labels))
-    model = load(s.model, head=head, dropout=s.dropout)
+        head, task = max(1, len(GLUE[s.task].labels)), s.task
+    model = load(s.model, head=head, dropout=s.dropout, task=task)
     model.precision = s.precision
     adapt(model, s.tune, s.lora_r, s.lora_alpha, s.lora_dropout)
     if s.molex:

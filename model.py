@@ -46,7 +46,7 @@ class Config:
     bias: bool = True  # biases in the projections
     dropout: float = 0.0
     bos: int | None = None  # ids of the special tokens, None if there is none
-    eos: int | None = None
+    eos: int | tuple[int, ...] | None = None  # of several each ends a text; we write the first
     pad: int | None = None
     # What tells the families apart; the flags of its section in support/families.toml.
     causal: bool = True  # a token sees only earlier ones; False: an encoder
@@ -407,15 +407,18 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits, batch.target, label_smoothing=smoothing, reduction="sum")
 
 
-def load(name: str | Path, head: str | int = "lm", dropout: float | None = None) -> Transformer:
+def load(
+    name: str | Path, head: str | int = "lm", dropout: float | None = None, task: str | None = None
+) -> Transformer:
     """A pretrained model from a folder or the hub ("gpt2-medium"), in float32 on the CPU.
 
-    head: see `Transformer`. A classification head is new unless the checkpoint has one that fits.
+    head: see `Transformer`. A classification head is new unless the checkpoint has one that fits;
+        with a GLUE `task` its classes must be the task's, and are put in GLUE's order.
     dropout: replaces the checkpoint's own.
     Raises InputError, naming the tensors, unless checkpoint and model fit exactly.
     """
     # 1) The config, and which head there is to be.
-    settings, tensors = read_checkpoint(name)
+    settings, tensors = read_checkpoint(name, task)
     config = Config(**settings)
     if dropout is not None:
         config = replace(config, dropout=dropout)

@@ -44,10 +44,10 @@ from lora import load_loralib, task_head, trained_tensors
 from model import Transformer
 from molex import MoLEx, MoLExConfig
 from support.cli import command_line, pick_device
-from support.cuda import GraphedStep
+from support.cuda import GraphedStep, check_graphs
 from support.files import InputError, fill, locked, signals_wait
-from support.processes import is_first, sum_over_processes, torchrun, wait_for_all, world
-from support.runs import SAVE_SECONDS, RunFolder
+from support.processes import is_first, say, sum_over_processes, torchrun, wait_for_all, world
+from support.runs import SAVE_SECONDS, RunFolder, drop_other_gate
 from support.settings import Settings, paper_settings, parse_command
 from support.tables import pictures, report
 
@@ -235,19 +235,15 @@ def end_epoch(
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """The model to train. LoRA and head start the same with and without MoLEx. Raises InputError
     if its steps are to be CUDA graphs and cannot."""
-    alone = device.type == "cuda" and s.accumulate == world()[1] == 1
-    if s.cuda_graphs and not (alone and (s.molex is None or s.molex.on_device)):
-        needs = "a GPU, one process, --accumulate 1, MoLEx --on-device"
-        raise InputError(f"--cuda-graphs needs {needs}")
+    if s.cuda_graphs:
+        check_graphs(s, device)
     torch.manual_seed(s.seed)
     model, tokenizer = build(s, device)
     if s.init:
-        took = start_from(model, Path(s.init))
-        if is_first():
-            print(f"{s.name} starts from {s.init}: {took}")
+        say(f"{s.name} starts from {s.init}: {start_from(model, Path(s.init))}")
     balance_alone = s.molex and s.molex.top_k == 1 and s.molex.gate_weight == "renormalised"
-    if balance_alone and not s.load_balance and is_first():
-        print(f"{s.name}: without load balance nothing teaches the gate, which stays as drawn")
+    if balance_alone and not s.load_balance:
+        say(f"{s.name}: without load balance nothing teaches the gate, which stays as drawn")
     model.cast_frozen()
     torch.manual_seed(s.seed + world()[0])  # dropout
     return model.train(), tokenizer
@@ -263,16 +259,7 @@ def start_from(model: Transformer, path: Path) -> str:
     head = task_head(model)
     ours = {n: p for n, p in trained_tensors(model).items() if n not in head}
     theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
-
-    def gate(tensors: dict) -> dict:
-        start = ("layers.gates.", "layers.alpha")
-        return {n: x.shape for n, x in tensors.items() if n.startswith(start)}
-
-    same = gate(ours) == gate(theirs)
-    if not same:  # the gate stays new
-        for n in gate(ours) | gate(theirs):
-            ours.pop(n, None)
-            theirs.pop(n, None)
+    same = drop_other_gate(ours, theirs)
     fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
     return "all but its head" + ("" if same else " and its gate, for want of one of this shape")
 
@@ -305,8 +292,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     folder = out / s.name
     if (folder / "config.json").exists() and not fresh:
         finished = RunFolder(folder).finished(s)  # raises InputError if its settings are others
-        if is_first():
-            print(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
+        say(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
             return folder
     train(s, folder, device, fresh)
@@ -327,8 +313,8 @@ def main() -> None:
     args, runs = parse()
     borrowed = paper_settings(runs[0].shape, runs[0].task)[1]
     with torchrun(pick_device(args.device)) as device:
-        if is_first() and borrowed:
-            print(f"{args.model} is given the settings of {borrowed}: the paper has no such run")
+        if borrowed:
+            say(f"{args.model} is given the settings of {borrowed}: the paper has no such run")
         for s in runs:
             run(s, args.out, args.fresh, device)
         if is_first():

@@ -252,7 +252,7 @@ def head_of(model: Path | Transformer) -> str | int:
 def end(model: nn.Module) -> int:
     """The token that ends an answer. Random weights write it as seldom as any other."""
     eos = getattr(model.config, "eos", None) or getattr(model.config, "eos_token_id", None)
-    return (eos[0] if isinstance(eos, list) else eos) or 0
+    return (eos[0] if isinstance(eos, list | tuple) else eos) or 0
 
 
 def missing() -> list[str]:

@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):
         c, layers = self.model.config, self.model.layers
         if c.family == "roberta" or isinstance(self.model.head, ClassificationHead):
             raise InputError(f"{name} does not predict the next token; use a gpt2 or llama model")
-        if c.eos is None:
+        if self.tokenizer.eos is None:
             raise InputError(f"the config.json of {name} names no eos_token_id")
         merge(self.model)
         if isinstance(layers, MoLEx):
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.config.eos
+        return self.tokenizer.eos
 
     @property
     def prefix_token_id(self) -> int:

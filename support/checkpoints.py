@@ -14,33 +14,37 @@ import torch
 from torch import Tensor
 
 from support.files import InputError, check, locate, read_json, read_tensors, read_text, reason
+from support.processes import say
 
 FAMILIES = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
 NAMES, FIXED, REDUNDANT, PATTERNS = map(FAMILIES.pop, ("names", "fixed", "redundant", "patterns"))
+LABELS = FAMILIES.pop("labels")
 COUNT, FEW, SHARE = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1)  # see `check`
 FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)
 FORMS |= dict.fromkeys("n_layer n_head n_kv_head".split(), FEW)
 FORMS |= dict(activation=(str,), norm_eps=SHARE, dropout=SHARE, tied=(bool,), bias=(bool,))
 ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]  # the first that is there
+WEIGHTS += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 
 
 def our_config(c: dict, where: object = "config.json") -> dict:
-    """Read the dictionary in a Hugging Face config.json, which messages call `where`. Raises
-    InputError if it is unsupported or unsound."""
+    """Read the dictionary in a Hugging Face config.json, which messages call `where`. What it says
+    in two ways counts as in transformers. Raises InputError if it is unsupported or unsound."""
     family = c.get("model_type")
     if str(family) not in FAMILIES:
         raise InputError(f"model_type {family!r} is not supported; use {', '.join(FAMILIES)}")
+    aliases = FAMILIES[family]["aliases"]
+    c = c | {theirs: c[alias] for alias, theirs in aliases.items() if alias in c}
     fixed = {"quantization_config": None, **FIXED, **FAMILIES[family]["fixed"]}
     for name, value in fixed.items():
         if c.get(name, value) != value:
             raise InputError(f"{where} sets {name} to {reprlib.repr(c[name])}: not supported")
-    if isinstance(c.get("eos_token_id"), list):  # some models end in several ways
-        c = c | {"eos_token_id": [*c["eos_token_id"], None][0]}
-    token = (int, 0, check(c, {"vocab_size": COUNT}, where)["vocab_size"] - 1)
-    pad = token if "pad" in FAMILIES[family]["missing"] else (int, -1, 2**24)
+    size = check(c, {"vocab_size": COUNT}, where)["vocab_size"]
+    pad = (int, 0, size - 1) if "pad" in FAMILIES[family]["missing"] else (int, -1, 2**24)
     names, config = NAMES | FAMILIES[family]["names"], dict(family=family)
-    missing = dict(bos=None, eos=None, pad=None) | FAMILIES[family]["missing"]
-    for name, form in (FORMS | dict(bos=token, eos=token, pad=pad)).items():
+    missing = dict(pad=None) | FAMILIES[family]["missing"]
+    for name, form in (FORMS | dict(pad=pad)).items():
         theirs = names.get(name, name)
         absent = name in missing and c.get(theirs) is None
         config[name] = missing[name] if absent else check(c, {theirs: form}, where)[theirs]
@@ -52,19 +56,45 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     if config["first_position"] == "after pad":
         config["first_position"] = config["pad"] + 1
         config["max_positions"] -= config["pad"] + 1
-    rope = {"rope_theta": c.get("rope_theta", 10000.0)}
-    for name in ("rope_scaling", "rope_parameters"):  # an older name and a newer one
-        rope |= check(c, {name: (dict,)}, where)[name] if c.get(name) is not None else {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
-    numbers = ["rope_theta", *(ROPE_LLAMA3 if kind == "llama3" else ())]
-    config["rope"] = check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e9)), where)
-    config["rope"]["rope_type"] = kind
+    bos, ends = token_ids(c, "bos_token_id", size, where), token_ids(c, "eos_token_id", size, where)
+    config["bos"] = bos[0] if bos else None
+    config["eos"] = ends if len(ends) > 1 else ends[0] if ends else None
+    config["rope"] = rope_settings(c, where)
     odd = config["rotary"] and config["d_head"] % 2  # rotary positions come in pairs
     if n_head % config["n_kv_head"] or odd:
         raise InputError(f"{where}: the numbers of heads and channels do not fit")
     return check(config, dict(d_head=COUNT, max_positions=COUNT), where)
+
+
+def token_ids(c: dict, name: str, size: int, where: object) -> tuple[int, ...]:
+    """The ids that a config.json has under a name, one or a list; none beyond the vocabulary, as
+    GPT-2's defaults are for a smaller one. Raises InputError."""
+    ids = c.get(name)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+        check({name: i}, {name: (int, 0, 2**24)}, where)
+    return tuple(i for i in ids if i < size)
+
+
+def rope_settings(c: dict, where: object) -> dict:
+    """Rotary theta and, for Llama 3, its scaling. Of the older name and the newer one for all of
+    them the older counts, and theta on its own only where they do not say it."""
+    for name in ("rope_scaling", "rope_parameters"):
+        check(c, {name: (dict,)} if c.get(name) is not None else {}, where)
+    scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    rope = {"rope_theta": c.get("rope_theta", 10000.0), **scaling}
+    part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise InputError(f"{where} sets partial_rotary_factor to {part!r}: not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise InputError(f"rope_type {kind!r} is not supported; use default or llama3")
+    numbers = ["rope_theta"]
+    if kind == "llama3":
+        numbers += ROPE_LLAMA3
+        rope.setdefault(ROPE_LLAMA3[-1], c.get("max_position_embeddings"))
+    check(rope, dict.fromkeys(numbers, (float, 1e-6, 1e15)), where)
+    return rope | {"rope_type": kind}
 
 
 def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
@@ -75,6 +105,8 @@ def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
             name = re.sub(pattern, new, name)
         if re.search(REDUNDANT, name):
             continue
+        if name in out:
+            raise InputError(f"the checkpoint has two tensors that both are {name}")
         w = torch.atleast_1d(w)
         if config["family"] == "gpt2" and re.search(r"\.(attn|mlp)\.\w+\.weight$", name):
             w = w.transpose(0, -1)  # GPT-2 stores these as (in, out)
@@ -84,20 +116,22 @@ def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         else:
             out[name] = w[:1] if name == "token_type.weight" else w
     for name, other in FAMILIES[config["family"]]["again"].items():
-        if config["tied"] and name in out and other in out and torch.equal(out[name], out[other]):
-            del out[name]
+        if config["tied"] and name in out:
+            first = out.setdefault(other, out[name])  # a file may have it under either name
+            if torch.equal(out[name], first):
+                del out[name]
     return out
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    index, single, legacy = (folder / name for name in names)
-    if not (index.exists() or single.exists() or legacy.exists()):
+    """All tensors of a checkpoint folder; where it holds several files of them, of the one that
+    transformers takes. Raises InputError if there are none, or not whole."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if not found:
         raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
-    files = [single if single.exists() else legacy]
-    if index.exists():
-        shards = read_json(index, {"weight_map": (dict,)})["weight_map"].values()
+    files = [found]
+    if found.suffix == ".json":  # which tensor is in which of several files
+        shards = read_json(found, {"weight_map": (dict,)})["weight_map"].values()
         files = [folder / name for name in sorted(set(map(str, shards)))]
     return {name: w for file in files for name, w in read_tensors(file).items()}
 
@@ -114,7 +148,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(str(name), allow_patterns=["pytorch_model.bin"])
+            snapshot_download(str(name), allow_patterns=["pytorch_model*.bin"])
         return folder
     except GatedRepoError as error:
         what = f"model '{name}' is gated: ask for access at https://huggingface.co/{name}"
@@ -126,18 +160,47 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """What a checkpoint's config.json says, in our names. Raises InputError if it is missing or
-    not supported."""
-    if not (folder / "config.json").exists():
+    """What a checkpoint's config.json says, in our names. A text ends as it says, and as
+    generation_config.json does. Raises InputError if it is missing or not supported."""
+    where, generation = folder / "config.json", folder / "generation_config.json"
+    if not where.exists():
         raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
-    return our_config(read_json(folder / "config.json"), folder / "config.json")
+    c = read_json(where)
+    if generation.exists():
+        both = (values.get("eos_token_id") for values in (c, read_json(generation)))
+        lists = [ids if isinstance(ids, list) else [ids] for ids in both if ids is not None]
+        c["eos_token_id"] = list(dict.fromkeys(sum(lists, [])))
+    return our_config(c, where)
 
 
-def read_checkpoint(name: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Config and tensors of a checkpoint folder or hub name, in our names."""
+def read_checkpoint(name: str | Path, task: str | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors of a checkpoint folder or hub name, in our names. With a GLUE `task` a
+    classifier's head is put in order, see `order_head`."""
     folder = checkpoint_folder(name)
     config = read_config(folder)
-    return config, convert(read_weights(folder), config)
+    tensors = convert(read_weights(folder), config)
+    if task is not None:
+        tensors = order_head(tensors, read_json(folder / "config.json"), task, name)
+    return config, tensors
+
+
+def order_head(tensors: dict[str, Tensor], c: dict, task: str, name: object) -> dict[str, Tensor]:
+    """A classifier's head with its classes in GLUE's order, by their names in config.json. A head
+    whose classes are not the task's is left out, which is said."""
+    if not {"head.out.weight", "head.score.weight"} & tensors.keys():
+        return tensors  # no classifier
+    names = c.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    where = f"{name}: id2label in config.json"
+    numbers = [str(i) for i in range(len(check(names, {}, where)))]
+    check(names, dict.fromkeys(numbers, (str,)), where)
+    names = [re.sub(r"\W", "_", names[i]).lower() for i in numbers]
+    wanted = LABELS.get(task, [])
+    if "head.score.weight" not in tensors and sorted(names) == sorted(wanted):
+        order = [names.index(label) for label in wanted]
+        rows = {n: tensors[n][order] for n in ("head.out.weight", "head.out.bias")}
+        return tensors | rows
+    say(f"{name}: its classifier, of {', '.join(names)}, is not one for {task}: the head is new")
+    return {n: w for n, w in tensors.items() if not n.startswith("head.")}
 
 
 def byte_symbols() -> dict[str, int]:

@@ -5,11 +5,15 @@ Nothing here knows what a layer or a training step is; molex.py and train.py han
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+
+from support.files import InputError
+from support.processes import world
 
 _SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -81,6 +85,14 @@ class LayerBank:
 
     def clear(self) -> None:
         self.matrices = []
+
+
+def check_graphs(s: Any, device: torch.device) -> None:
+    """Raise InputError unless a run's steps can be CUDA graphs. `s`: its settings."""
+    alone = device.type == "cuda" and s.accumulate == world()[1] == 1
+    if not (alone and (s.molex is None or s.molex.on_device)):
+        needs = "a GPU, one process, --accumulate 1, MoLEx --on-device"
+        raise InputError(f"--cuda-graphs needs {needs}")
 
 
 class GraphedStep:

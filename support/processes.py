@@ -20,6 +20,12 @@ def is_first() -> bool:
     return world()[0] == 0
 
 
+def say(text: str) -> None:
+    """Print it, once for all processes."""
+    if is_first():
+        print(text)
+
+
 def sum_over_processes(*tensors: Tensor | None) -> None:
     """Add up tensors (None: nothing) over all processes, in place and in one message."""
     if not dist.is_initialized():

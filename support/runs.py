@@ -208,6 +208,18 @@ class RunFolder:
         return outputs, [group.split("\n") for group in groups]
 
 
+def drop_other_gate(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether two runs' gates and alphas have the same shapes; if not, they go from both."""
+    start = ("layers.gates.", "layers.alpha")
+    both = [{n: x.shape for n, x in d.items() if n.startswith(start)} for d in (ours, theirs)]
+    same = both[0] == both[1]
+    if not same:
+        for tensors, gate in zip((ours, theirs), both, strict=True):
+            for name in gate:
+                del tensors[name]
+    return same
+
+
 def differences(then: dict, now: dict) -> list[str]:
     """The names that have another value."""
     return [name for name in then | now if then.get(name) != now.get(name)]
