@@ -43,6 +43,7 @@ from eval import Splits, build, dev_scores, evaluate_run, read_run
 from lora import load_loralib, task_head, trained_tensors
 from model import Transformer
 from molex import MoLEx, MoLExConfig
+from support.adapters import GATE
 from support.cli import command_line, pick_device
 from support.cuda import GraphedStep
 from support.files import InputError, fill, locked, signals_wait
@@ -265,8 +266,7 @@ def start_from(model: Transformer, path: Path) -> str:
     theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
 
     def gate(tensors: dict) -> dict:
-        start = ("layers.gates.", "layers.alpha")
-        return {n: x.shape for n, x in tensors.items() if n.startswith(start)}
+        return {n: x.shape for n, x in tensors.items() if n.startswith(GATE)}
 
     same = gate(ours) == gate(theirs)
     if not same:  # the gate stays new
