@@ -12,6 +12,7 @@ with LoRA on the query and value projections of every layer (Tables 5 and 6).
 """
 
 import math
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ClassificationHead, Transformer
-from support.adapters import read_loralib, read_peft, write_peft
+from support.adapters import GATE, read_loralib, read_peft, write_peft
 from support.files import InputError, fill
 
 
@@ -45,12 +46,13 @@ def add_lora(
     model: Transformer, r: int, alpha: float, dropout: float = 0.0, targets: tuple = ("q", "v")
 ) -> Transformer:
     """Put a LoRA on the `targets` (of q, k, v, o) of every layer. All else is frozen, except a
-    classification head. Changes the model and returns it."""
+    classification head and MoLEx's gate. Changes the model and returns it."""
+    if loras(model):
+        raise InputError("the model has a LoRA already; load the model again to add another one")
     if not 1 <= r <= model.config.d_model:
         raise InputError(f"the rank of a LoRA is {r}, not from 1 to {model.config.d_model}")
-    model.requires_grad_(False)
-    if isinstance(model.head, ClassificationHead):
-        model.head.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in task_head(model) or name.startswith(GATE))
     for block in model.layers.blocks:
         for name in targets:
             linear = getattr(block.attn, name)
@@ -78,7 +80,8 @@ def adapt(model: Transformer, tune: str, r: int, alpha: float, dropout: float) -
     if tune == "lora":
         return add_lora(model, r, alpha, dropout)
     for name, p in model.named_parameters():
-        p.requires_grad_(tune == "full" or name.endswith("bias") or name in task_head(model))
+        new = name in task_head(model) or name.startswith(GATE)
+        p.requires_grad_(tune == "full" or name.endswith("bias") or new)
     if trained_tensors(model).keys() <= task_head(model):
         raise InputError("the model has no biases, which are what bitfit trains")
     return model
@@ -98,40 +101,35 @@ def task_head(model: Transformer) -> set[str]:
 
 def trainable(model: Transformer) -> int:
     """How many parameters are trained, without a classification head (as in Table 1)."""
-    head = task_head(model)
-    return sum(p.numel() for name, p in trained_tensors(model).items() if name not in head)
+    return sum(p.numel() for n, p in trained_tensors(model).items() if n not in task_head(model))
 
 
-def adapters(model: Transformer) -> dict[str, Tensor]:
-    """A and B of every LoRA, by name ("layers.blocks.0.attn.q.A")."""
-    return {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
+def adapters(model: Transformer, names: Container = ()) -> dict[str, Tensor]:
+    """A and B of every LoRA, by name ("layers.blocks.0.attn.q.A"), and the parameters `names`."""
+    return {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B")) or n in names}
 
 
-OTHER_SHAPE = "was made for a model of another shape or rank: it"
+OTHER_SHAPE = "was made for a model of another shape, rank or head: it"
 
 
 def save_lora(model: Transformer, folder: Path, base: str = "") -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft does; `base` is the name of
-    the pretrained model, which the config notes."""
-    if not loras(model):
-        raise InputError("the model has no LoRA to save; call add_lora first")
-    one = next(iter(loras(model).values()))
-    write_peft(folder, model.config.family, adapters(model), one.r, one.alpha, one.dropout, base)
+    """Write adapter_config.json and adapter_model.safetensors as peft does, with a classifier's
+    head; `base` is the name of the pretrained model, which the config notes."""
+    settings = {(lora.r, lora.alpha, lora.dropout) for lora in loras(model).values()}
+    write_peft(folder, model.config.family, model.state_dict(), task_head(model), settings, base)
 
 
 def load_lora(model: Transformer, folder: Path) -> Transformer:
-    """Add the LoRA in peft's folder to a model without one."""
-    adapter = read_peft(folder, model.config.family, model.config.d_model)
-    add_lora(model, adapter.r, adapter.alpha, adapter.dropout, adapter.targets)
-    fill(adapters(model), adapter.tensors, f"{folder} {OTHER_SHAPE}")
+    """Add the LoRA in peft's folder to a model without one; a head in it replaces the model's."""
+    settings, tensors = read_peft(folder, model.config.family, model.config.d_model)
+    add_lora(model, *settings)
+    fill(adapters(model, tensors), tensors, f"{folder} {OTHER_SHAPE}")
     return model
 
 
 def load_loralib(model: Transformer, file: Path) -> None:
     """Fill a RoBERTa's LoRA from a .bin file of the LoRA paper's own code."""
-    tensors = read_loralib(file)
-    if model.config.family != "roberta":
-        raise InputError(f"{file} is for a RoBERTa, which this model is not")
+    tensors = read_loralib(file, model.config.family)
     fill(adapters(model), tensors, f"{file} {OTHER_SHAPE}")
 
 

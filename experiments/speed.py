@@ -194,8 +194,8 @@ class Theirs:
         base = kind.from_pretrained(folder, config=config, dtype=dtype)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between these two
             self.model = peft.PeftModel.from_pretrained(base, lora, is_trainable=True)
-        if head_of(folder) == LABELS:  # as `add_lora` does
-            base.classifier.float().requires_grad_(True)
+        if head_of(folder) == LABELS:  # the adapter's own head, which is trained, too
+            base.classifier.modules_to_save.float()
         self.model.to(device).eval()
 
     def autocast(self) -> torch.autocast:

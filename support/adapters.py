@@ -1,11 +1,14 @@
 """Other people's files of a LoRA: peft's two, and the .bin files of the LoRA paper's own code.
 
 Inside, a LoRA is two tensors for each projection, "layers.blocks.0.attn.q.A" (r, in) and ".B" (out,
-r). families.toml has peft's names, family by family.
+r). families.toml has peft's names, family by family. Reading is strict: a setting that may change
+what the tensors mean and a tensor that nobody uses are errors.
 """
 
 import json
+import math
 import re
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +20,28 @@ from support.checkpoints import FAMILIES
 from support.files import InputError, check, read_json, read_tensors
 
 Tensors = dict[str, Tensor]
+GATE = ("layers.gates.", "layers.alpha")  # how the names of MoLEx's own parameters begin
+PREFIX = "base_model.model."  # how the names in peft's files begin
+
+# What adapter_config.json may say, by peft's names. READ is used, see `check`. Of CHOICES these
+# values are as good as the default. SILENT says how the LoRA was made; the tensors say the rest.
+READ = dict(r=(int, 1, 4096), lora_alpha=(float, -1e9, 1e9), lora_dropout=(float, 0, 1))
+READ |= dict(use_rslora=(bool, None))
+STARTS = (True, "gaussian", "orthogonal", "eva", "mica")  # others change the model's own weights
+CHOICES = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=STARTS)
+SILENT = (
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
+    "fan_in_fan_out megatron_core qalora_group_size ensure_weight_tying loftq_config eva_config "
+    "corda_config lora_ga_config runtime_config"
+).split()
 
 
-class Adapter(NamedTuple):  # a LoRA as a file holds it
+class LoRASettings(NamedTuple):  # what add_lora takes
     r: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]  # of q, k, v, o
-    tensors: Tensors
 
 
 def fuse(q: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -51,74 +68,122 @@ def split(w: Tensor, side: str, D: int, where: str) -> Tensors:
 
 
 def write_peft(
-    folder: Path, family: str, tensors: Tensors, r: int, alpha: float, dropout: float, base: str
+    folder: Path, family: str, parameters: Tensors, head: set[str], settings: set[tuple], base: str
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft does. `base` is the name of
-    the pretrained model, which the config notes. GPT-2 takes LoRA on q and v only."""
+    """Write adapter_config.json and adapter_model.safetensors as peft does: of a model's parameters
+    the LoRA and the classification head, whose names are `head`. `settings` has the rank, alpha and
+    dropout of every LoRA. `base` is the name of the pretrained model, which the config notes.
+    Raises InputError for what peft's files cannot hold; for MoLEx's gate it prints a line."""
+    if not settings:
+        raise InputError("the model has no LoRA to save; call add_lora first")
+    if len(settings) > 1:
+        raise InputError("peft's files hold one rank, alpha and dropout, but these LoRAs differ")
+    [(r, alpha, dropout)] = settings
+    names = FAMILIES[family]["peft_head"] if head else {}
+    if head and not names:
+        raise InputError(
+            f"peft's files have no place for a {family} classifier's head as it is here"
+        )
+    held = {n: w.cpu() for n, w in parameters.items() if n.endswith((".A", ".B"))}
+    out, modules = in_peft_names(held, family)
+    for theirs, ours in names.items():
+        out[theirs] = parameters[ours].cpu()
+    fused = family == "gpt2"
+    factor = 2 if fused else 1  # of alpha, too, so that alpha / r is the same
+    config = dict(peft_type="LORA", base_model_name_or_path=base, task_type=None, bias="none")
+    config.update(r=r * factor, lora_alpha=alpha * factor, lora_dropout=dropout)
+    config.update(inference_mode=True, fan_in_fan_out=fused, target_modules=modules)
+    if head:
+        config.update(task_type="SEQ_CLS", modules_to_save=["classifier"])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + name: w.contiguous() for name, w in out.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if any(name.startswith(GATE) for name in parameters):
+        what = "the LoRA and the head" if head else "the LoRA alone"
+        print(f"{folder}: peft's files hold {what}, not MoLEx's gate")
+
+
+def in_peft_names(tensors: Tensors, family: str) -> tuple[Tensors, list[str]]:
+    """A LoRA's tensors under peft's names, and what peft calls the modules that have one. GPT-2
+    takes LoRA on q and v only."""
     hub, fused = FAMILIES[family], family == "gpt2"
     targets = sorted({name.split(".")[-2] for name in tensors})
     if fused and targets != ["q", "v"]:
         raise InputError("for GPT-2, peft's format is written for LoRA on q and v only")
-    factor = 2 if fused else 1  # of alpha, too, so that alpha / r is the same
     paths = ["attn.c_attn"] if fused else [hub["peft"][p] for p in targets]
     out = {}
     for i in sorted({int(name.split(".")[2]) for name in tensors}):
         names = [f"layers.blocks.{i}.attn.{p}" for p in targets]
-        pairs = [(tensors[f"{n}.A"].detach(), tensors[f"{n}.B"].detach()) for n in names]
+        pairs = [(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names]
         if fused:
             pairs = [fuse(*pairs)]
         for path, (A, B) in zip(paths, pairs, strict=True):
-            key = f"base_model.model.{hub['layers']}.{i}.{path}"
-            out[f"{key}.lora_A.weight"] = A.cpu().contiguous()
-            out[f"{key}.lora_B.weight"] = B.cpu().contiguous()
+            key = f"{hub['layers']}.{i}.{path}"
+            out[f"{key}.lora_A.weight"] = A
+            out[f"{key}.lora_B.weight"] = B
     parent = r"^(attn|self_attn|attention.self)\."  # "dense" alone would name others, too
-    modules = sorted(re.sub(parent, "", path) for path in paths)
-    config = dict(peft_type="LORA", base_model_name_or_path=base, task_type=None, bias="none")
-    config.update(r=r * factor, lora_alpha=alpha * factor, lora_dropout=dropout)
-    config.update(inference_mode=True, fan_in_fan_out=fused, target_modules=modules)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(out, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return out, sorted(re.sub(parent, "", path) for path in paths)
 
 
-def read_peft(folder: Path, family: str, d_model: int) -> Adapter:
-    """The LoRA in peft's folder. Raises InputError if it adapts anything but q, k, v and o."""
-    folder = Path(folder)
-    path = folder / "adapter_config.json"
-    forms = dict(r=(int, 1, 4096), lora_alpha=(float, -1e9, 1e9), lora_dropout=(float, 0, 1))
-    config = check({"lora_dropout": 0.0} | read_json(path), forms, path)
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    for name in ("use_rslora", "alpha_pattern", "alora_invocation_tokens"):
-        if config.get(name):  # the tensors would fit, but mean something else
-            raise InputError(f"{folder} sets {name}, which is not supported")
-    ours = {theirs: p for p, theirs in FAMILIES[family]["peft"].items()}
-    found = {}
-    for key, w in tensors.items():
-        match = re.search(r"\.(\d+)\.(\S+)\.lora_([AB])\.weight$", key)
-        if match is None or w.dim() != 2:
-            raise InputError(f"{folder} adapts {key}, which is not a LoRA on q, k, v or o")
-        i, path, side = match.groups()
-        if family == "gpt2" and path == "attn.c_attn":
-            parts = split(w, side, d_model, f"{folder}: the LoRA on {key}")
-        elif path in ours:
-            parts = {ours[path]: w}
+def read_peft_config(path: Path) -> dict:
+    """What adapter_config.json says. Raises InputError, with its name, for a field that is set and
+    not known to leave the meaning of the tensors alone."""
+    config = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path)
+    for name, value in config.items():
+        known = name in SILENT or name in READ or value in CHOICES.get(name, ())
+        if value and not known:  # what is off, null or empty does nothing
+            what = f"{path} sets {name} to {reprlib.repr(value)}, which is not supported"
+            raise InputError(f"{what}; peft itself can merge such an adapter into its model")
+    return check(config, READ, path)
+
+
+def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Tensors]:
+    """The LoRA in peft's folder and, if there is one, the head of a RoBERTa classifier. Raises
+    InputError if the folder sets or holds anything else."""
+    folder, hub = Path(folder), FAMILIES[family]
+    config = read_peft_config(folder / "adapter_config.json")
+    newer, older = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not newer.exists() and not older.exists():
+        raise InputError(f"{folder} holds no {newer.name} and no {older.name}")
+    stem, layers = hub["layers"].split(".", 1)  # a model without a head has no stem
+    pattern = re.compile(rf"({stem}\.)?{layers}\.(\d+)\.(\S+)\.lora_([AB])\.weight")
+    fused = {"attn.c_attn": "qv"} if family == "gpt2" else {}
+    paths = {theirs: p for p, theirs in hub["peft"].items()} | fused
+    lora, head = {}, {}
+    for key, w in read_tensors(newer if newer.exists() else older).items():
+        name = key.removeprefix(PREFIX)
+        match = pattern.fullmatch(name)
+        if name in hub["peft_head"]:
+            head[hub["peft_head"][name]] = w
+        elif match is None or match[3] not in paths or w.dim() != 2:
+            raise InputError(f"{folder} holds {key}, which is not a LoRA on q, k, v or o here")
         else:
-            raise InputError(f"{folder} adapts {path}, which is not q, k, v or o here")
-        for p, part in parts.items():
-            found[f"layers.blocks.{i}.attn.{p}.{side}"] = part
-    if not found:
+            _, i, path, side = match.groups()
+            parts = {paths[path]: w}
+            if fused:
+                parts = split(w, side, d_model, f"{folder}: the LoRA on {key}")
+            for p, part in parts.items():
+                lora[f"layers.blocks.{i}.attn.{p}.{side}"] = part
+    if not lora:
         raise InputError(f"{folder} holds no LoRA")
+    lacks = [theirs for theirs, ours in hub["peft_head"].items() if ours not in head]
+    if lacks and (head or config.get("task_type") == "SEQ_CLS"):
+        raise InputError(f"{folder} lacks {', '.join(lacks)} of a classifier's head")
     factor = 2 if family == "gpt2" else 1
     r, alpha = config["r"] // factor, config["lora_alpha"] / factor
-    targets = tuple(sorted({name.split(".")[-2] for name in found}))
-    return Adapter(r, alpha, config["lora_dropout"], targets, found)
+    if config["use_rslora"]:  # then peft divides alpha by the root of the rank
+        alpha *= math.sqrt(config["r"])
+    targets = tuple(sorted({name.split(".")[-2] for name in lora}))
+    return LoRASettings(r, alpha, config["lora_dropout"], targets), lora | head
 
 
-def read_loralib(file: Path) -> Tensors:
+def read_loralib(file: Path, family: str) -> Tensors:
     """The LoRA in a .bin file of github.com/microsoft/LoRA for a RoBERTa, whose names are those of
     transformers, with lora_A and lora_B. The task head in it is left out. The file does not say
-    alpha, which is 16 in that repository's scripts for RoBERTa-base."""
+    alpha, which is 16 in that repository's scripts for RoBERTa-base. Raises InputError for a model
+    of another family."""
     found = {}
     for name, w in read_tensors(file).items():
         match = re.search(r"\.(\d+)\.attention\.self\.(\w)\w+\.lora_([AB])$", name)
@@ -126,4 +191,6 @@ def read_loralib(file: Path) -> Tensors:
             found["layers.blocks.{}.attn.{}.{}".format(*match.groups())] = w
     if not found:
         raise InputError(f"{file} holds no lora_A and lora_B for a RoBERTa")
+    if family != "roberta":
+        raise InputError(f"{file} is for a RoBERTa, which this model is not")
     return found

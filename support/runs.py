@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support import files
+from support.adapters import GATE
 from support.checkpoints import COUNT, checkpoint_folder
 from support.files import NUMBER, InputError
 from support.pictures import GATE_LINES, plot_curves, plot_routes
@@ -210,8 +211,7 @@ class RunFolder:
 
 def drop_other_gate(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     """Whether two runs' gates and alphas have the same shapes; if not, they go from both."""
-    start = ("layers.gates.", "layers.alpha")
-    both = [{n: x.shape for n, x in d.items() if n.startswith(start)} for d in (ours, theirs)]
+    both = [{n: x.shape for n, x in d.items() if n.startswith(GATE)} for d in (ours, theirs)]
     same = both[0] == both[1]
     if not same:
         for tensors, gate in zip((ours, theirs), both, strict=True):
