@@ -82,7 +82,7 @@ def write_peft(
     names = FAMILIES[family]["peft_head"] if head else {}
     if head and not names:
         raise InputError(
-            f"peft's files have no place for a {family} classifier's head as it is here"
+            f"peft's files have no place for a {family} classifier's head of this kind"
         )
     held = {n: w.cpu() for n, w in parameters.items() if n.endswith((".A", ".B"))}
     out, modules = in_peft_names(held, family)
@@ -135,7 +135,9 @@ def read_peft_config(path: Path) -> dict:
         known = name in SILENT or name in READ or value in CHOICES.get(name, ())
         if value and not known:  # what is off, null or empty does nothing
             what = f"{path} sets {name} to {reprlib.repr(value)}, which is not supported"
-            raise InputError(f"{what}; peft itself can merge such an adapter into its model")
+            raise InputError(
+                f"{what}; try peft's merge_and_unload and load the model that it gives"
+            )
     return check(config, READ, path)
 
 

@@ -89,7 +89,7 @@ def test_every_field_of_peft_is_understood_or_refused_by_name(checkpoint, saved,
         load_lora(model, saved)
         assert torch.equal(model(IDS), expected)
     elif field.name not in READ | {"init_lora_weights"}:  # for these see below
-        message = f"adapter_config.json sets {field.name} to .*, which is not supported; peft"
+        message = f"adapter_config.json sets {field.name} to .*, which is not supported; try peft"
         with pytest.raises(InputError, match=message):
             load_lora(model, saved)
         assert not loras(model)  # nothing has been changed
