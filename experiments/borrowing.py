@@ -24,10 +24,9 @@ from eval import by_length, load_model, read_run
 from experiments.controls import Arm, give, neighbour
 from model import Transformer
 from molex import upcycle
+from support.adapters import GATE
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, fill, write_atomic
-
-GATE = ("layers.gates", "layers.alpha")  # how its tensors' names begin
 
 
 @torch.no_grad()
