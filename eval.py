@@ -9,6 +9,8 @@ and CIDEr as in Microsoft COCO's caption evaluation, over the tokens of the Stan
     python eval.py --predictions FILE --references FILE [--json]        score any system's output
 """
 
+import support.interrupts  # noqa: F401, I001  (first: the others take seconds)
+
 import json
 import math
 from collections import Counter
@@ -28,6 +30,7 @@ from data import (
     Example,
     Tokenizer,
     collate,
+    data_files,
     e2e_prompt,
     encode_glue,
     encode_prompt,
@@ -466,7 +469,7 @@ def evaluate_run(folder: Path, device: torch.device) -> Scores:
         merge(model)  # elsewhere what was measured in training is measured again to the bit
     model.cast_frozen()
     evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(s.task, evaluate_glue)
-    with run.evaluating(s) as out:
+    with run.evaluating(s, data_files(s.task, s.data)) as out:
         scores.update(evaluate(model, tokenizer, s, out))
         if s.task == "alpaca":
             scores.update({f"{n}_ppl": math.exp(scores[f"{n}_loss"]) for n in ("train", "dev")})

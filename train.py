@@ -12,6 +12,8 @@ A run is a folder, runs/<model>-<task>-<method>-s<seed>/ (support/runs.py). The 
 resumes a run that was stopped, and keeps a finished one.
 """
 
+import support.interrupts  # noqa: F401, I001  (first: the others take seconds)
+
 import argparse
 import math
 import time
@@ -277,10 +279,10 @@ def read_data(s: Settings, tokenizer: Tokenizer, limit: int) -> tuple[list[Examp
 def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) -> None:
     """Train one run in its folder, from its beginning or from last.pt, to its end; `fresh` removes
     first what is there. Raises InputError if another process is at it."""
-    model, tokenizer = prepare(s, device)
-    examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
     first = is_first()
     with locked(folder) if first else nullcontext():
+        model, tokenizer = prepare(s, device)
+        examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
         if first and fresh:
             RunFolder(folder).remove()
         wait_for_all()
@@ -291,7 +293,7 @@ def run(s: Settings, out: Path, fresh: bool, device: torch.device) -> Path:
     """Train and evaluate one run, or what is left of it; returns its folder."""
     folder = out / s.name
     if (folder / "config.json").exists() and not fresh:
-        finished = RunFolder(folder).finished(s)  # raises InputError if its settings are others
+        finished = RunFolder(folder).finished(s, data_files(s.task, s.data))
         say(f"{folder}: {'finished before, kept' if finished else 'resumed'}")
         if finished:
             return folder
@@ -326,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, "the same command, without --fresh, goes on with what was begun")

@@ -192,7 +192,7 @@ def as_script(s: Settings, pad: int | None = None) -> Settings:
 def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     """Train and score one run as published, or what is left of it."""
     out = RunFolder(folder, TASKS[s.task].metric)
-    if out.finished(s):
+    if out.finished(s, data.data_files(s.task, s.data)):
         return read_json(folder / "scores.json")
     model, tokenizer = train.prepare(s, device)
     publish(model, s.molex)
@@ -247,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, "the same command goes on with what was begun")

@@ -320,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, "the same command goes on with what was begun")

@@ -20,22 +20,32 @@ def pick_device(name: str | None = None) -> torch.device:
         raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
 
 
-def command_line(main: Callable[[], None]) -> None:
+def command_line(main: Callable[[], None], resumes: str = "") -> None:
     """Run main; an InputError becomes one line on stderr and exit code 2. SIGTERM ends it like
-    Ctrl-C, in order; the exit code is then 143, or 130."""
+    Ctrl-C, in order, with one line, which says how it `resumes`; the exit code is then 143, or 130.
+    What comes after the first signal changes nothing more."""
 
     def stop(number: int, _: object) -> None:
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, *([signal.SIGINT] if before != signal.SIG_IGN else [])):
+        signal.signal(number, stop)
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print("\ninterrupted; the same command resumes a run in training", file=sys.stderr)
-        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+        end_interrupted(resumes, (stopped.args or [signal.SIGINT])[0])
+
+
+def end_interrupted(resumes: str, number: int) -> None:
+    """End the program, which a signal has stopped."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    print(f"\ninterrupted{resumes and '; '}{resumes}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 class Parser(argparse.ArgumentParser):

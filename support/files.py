@@ -13,7 +13,7 @@ import reprlib
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import portalocker
@@ -213,8 +213,10 @@ def signals_wait(active: bool = True) -> Iterator[list[int]]:
         signal.raise_signal(number)
 
 
-def locked(folder: Path) -> AbstractContextManager:
-    """A lock on a run folder, which ends with its process. Raises InputError without one."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a run folder, which ends with its process at the latest. The folder is made,
+    and goes if nothing has come into it. Raises InputError without a lock."""
     path = folder.resolve()
     file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
     lock = portalocker.TemporaryFileLock(file, timeout=0)
@@ -228,7 +230,12 @@ def locked(folder: Path) -> AbstractContextManager:
         raise InputError(f"{folder} is in use by {holder}; wait for its end") from None
     except (OSError, portalocker.LockException) as error:
         raise InputError(f"{folder} cannot be locked for writing: {reason(error)}") from error
-    return lock
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.rmdir()
+        lock.release()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -238,6 +245,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with signals_wait():
             write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # some libraries write files for their owner alone
             os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """Several processes, started by torchrun, that do together what one would with the whole batch."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,9 +54,16 @@ def torchrun(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the others wait while the first evaluates, which may take longer than torch's 10 minutes
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=30))
     if not is_first():  # the first saves the state, after a step of all
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    yield device
+    try:
+        yield device
+    except RuntimeError as error:
+        if is_first() or not re.search("by peer|remote process exited", str(error)):
+            raise
+        raise SystemExit(1) from None  # the first has ended, and has said why
     dist.destroy_process_group()

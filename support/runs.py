@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,8 +53,9 @@ class RunFolder:
 
     # --- how it begins, and goes on
 
-    def finished(self, s: Settings) -> bool:
-        """Whether the run is there to its end. Raises InputError if it is one of other settings."""
+    def finished(self, s: Settings, data: Iterable[Path]) -> bool:
+        """Whether the run is there to its end. Raises InputError if it is one of other settings, or
+        was made of other files."""
         where = self.path / "config.json"
         if not where.exists():
             return False
@@ -62,9 +64,20 @@ class RunFolder:
             raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
         if not (self.path / "scores.json").exists():
             return False
+        self.check_files(s, data, "pass --fresh to replace it or --out DIR to keep both")
         with suppress(InputError), files.locked(self.path):
             pass  # so goes the lock's file that a kill at the very end has left
         return True
+
+    def check_files(self, s: Settings, data: Iterable[Path], advice: str) -> None:
+        """Raise InputError unless the files that the run was made of are as they were."""
+        where = self.path / "origin.json"
+        then = files.read_json(where, {"files": (dict,)})
+        if changed := differences(then["files"], hashes(s, data)):
+            what = f"{self.path} was made of another {', '.join(changed)}"
+            if then.get("checkpoint") != str(checkpoint_folder(s.model).resolve()):
+                what += f" (the checkpoint was {then.get('checkpoint', 'not noted')})"
+            raise InputError(f"{what}; {advice}")
 
     def remove(self) -> None:
         """At once: a kill leaves the whole run or none of it."""
@@ -154,8 +167,10 @@ class RunFolder:
     # --- what evaluation finds
 
     @contextmanager
-    def evaluating(self, s: Settings) -> Iterator["RunFolder"]:
-        """Where the evaluation goes: this folder, or one within it if the run is unfinished."""
+    def evaluating(self, s: Settings, data: Iterable[Path]) -> Iterator["RunFolder"]:
+        """Where the evaluation goes: this folder, or one within it if the run is unfinished. Raises
+        InputError if the run was made of other files."""
+        self.check_files(s, data, "put that back, or train anew with train.py --fresh")
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:
@@ -233,19 +248,35 @@ def other_settings(then: dict, s: Settings, where: object) -> list[str]:
     return [name for name in differences(old.as_json(), s.as_json()) if name != "differs"]
 
 
-def origin(s: Settings, data: Iterable[Path]) -> dict:
-    """What a run is made of: settings, SHA-256 of the files it reads (not of what comes from the
-    hub's data sets), versions, command and date."""
+@cache
+def sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file of that size that was last changed at that time, so that it is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of the files that a run reads, by name; not of what comes from the hub's data sets.
+    What is missing fails where it is read."""
     model = checkpoint_folder(s.model)
-    kinds = "config.json tokenizer.json vocab.json merges.txt *.safetensors* pytorch_model.bin"
+    kinds = "config.json generation_config.json tokenizer.json vocab.json merges.txt"
+    kinds += " *.safetensors* pytorch_model*.bin*"
     read = sorted(file for kind in kinds.split() for file in model.glob(kind))
-    hashes = {}
+    found = {}
     for path in [*read, *data]:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        found[path.name] = sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def origin(s: Settings, data: Iterable[Path]) -> dict:
+    """What a run is made of: settings, its files' `hashes` and where its checkpoint was, versions,
+    command and date."""
+    made_of = dict(settings=s.as_json(), files=hashes(s, data))
+    made_of["checkpoint"] = str(checkpoint_folder(s.model).resolve())
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
     command, date = shlex.join(sys.argv), datetime.now().astimezone().isoformat(timespec="seconds")
-    return dict(settings=s.as_json(), files=hashes, versions=versions, command=command, date=date)
+    return made_of | dict(versions=versions, command=command, date=date)
 
 
 def commit() -> str | None:

@@ -133,7 +133,7 @@ class Settings:
     @property
     def name(self) -> str:
         """The run folder's name: <model>-<task>-<method>-s<seed>."""
-        model = "-".join(Path(self.model).parts[-2:]).strip("/.")
+        model = "-".join(Path(self.model).parts[-2:]).strip("/.") or Path(self.model).resolve().name
         parts = [model, self.task]
         if self.tune != "lora" or not self.molex:
             parts.append(self.tune)

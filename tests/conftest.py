@@ -4,10 +4,11 @@ project, for those who have them."""
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +136,15 @@ def run_main(*flags: object) -> None:
     """train.py with flags that may be several in one string; without pictures of routes."""
     with mock.patch("support.runs.plot_routes"):
         call(train, *" ".join(map(str, flags)).split())
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A command's handlers of signals go with the test that has called it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -870,7 +870,8 @@ def test_a_lock_whose_holder_has_just_ended_is_still_one_line(monkeypatch, tmp_p
 
     monkeypatch.setattr("portalocker.TemporaryFileLock.acquire", taken)
     with pytest.raises(InputError, match="run is in use by another process; wait for its end"):
-        locked(tmp_path / "run")
+        with locked(tmp_path / "run"):
+            pass
 
 
 def hold(folder: Path) -> None:
@@ -952,10 +953,10 @@ def test_a_signal_in_training_saves_the_state(
     with monkeypatch.context() as m:
         m.setattr(owner, attribute, signalled)
         with pytest.raises(SystemExit) as stopped:
-            evaluation.command_line(lambda: run_main(command(out)))
+            evaluation.command_line(lambda: run_main(command(out)), "the same command goes on")
     assert stopped.value.code == code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "interrupted" in x]
-    assert "the same command resumes" in line
+    assert line == "interrupted; the same command goes on"
     folder = out / "nano-gpt2-e2e-lora-s0"
     state = torch.load(folder / "last.pt", weights_only=True)
     steps = {"train_step": (3, 1), "dev_scores": (4, 1), "torch.save": (2, 1)}[where]

@@ -1,0 +1,161 @@
+"""Runs: what they are made of, who may write to them, and how they end.
+
+pytest tests/test_runs.py
+"""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import call, run_main
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+from support.files import InputError, locked
+from support.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+LINES = {"trainset.csv": 21, "devset.csv": 9, "testset_w_refs.csv": 5}
+FLAGS = "--task e2e --no-molex --data data --max-steps 1 --beams 1 --max-new-tokens 4 --model model"
+
+
+def meteor(predictions: list[str], references: list[list[str]]) -> float:
+    """In the place of METEOR, whose Java takes longer than all the rest of a run."""
+    return 0.5
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The working directory, with a small model and small data of a test's own."""
+    shutil.copytree(ROOT / "nano/gpt2", tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for name, count in LINES.items():
+        lines = (ROOT / "nano/e2e" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "data" / name).write_text("".join(lines[:count]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "meteor", meteor)
+    return tmp_path
+
+
+def other_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({n: 1.5 * w for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def other_test_set(folder: Path) -> None:
+    file = folder.parent / "data/testset_w_refs.csv"
+    file.write_text(file.read_text().replace(" is ", " is not "))
+
+
+@pytest.mark.parametrize("change, name", [(other_weights, "model.safetensors"),
+                                          (other_test_set, "testset_w_refs.csv")])  # fmt: skip
+def test_a_finished_run_is_kept_only_for_the_files_it_was_made_of(home, failure, change, name):
+    run_main(FLAGS)
+    run_main(FLAGS)  # kept
+    scores = home / "runs/model-e2e-lora-s0/scores.json"
+    before = scores.read_bytes()
+    change(home / "model")
+    said = f"was made of another {name}"
+    assert said in failure(run_main, FLAGS)
+    error = failure(call, evaluation, scores.parent)
+    assert said in error and "train.py --fresh" in error
+    assert scores.read_bytes() == before
+    run_main(FLAGS, "--fresh")
+    assert scores.read_bytes() != before
+
+
+def test_a_run_knows_where_its_checkpoint_was(home, failure, monkeypatch):
+    """The same relative name may be another checkpoint in another folder."""
+    run_main(FLAGS)
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("model", "data"):
+        shutil.copytree(home / name, elsewhere / name)
+    other_weights(elsewhere / "model")
+    monkeypatch.chdir(elsewhere)
+    error = failure(call, evaluation, home / "runs/model-e2e-lora-s0")
+    assert f"another model.safetensors (the checkpoint was {home / 'model'})" in error
+
+
+def test_a_runs_files_have_the_same_permissions(home):
+    old = os.umask(0o027)
+    try:
+        run_main(FLAGS)
+    finally:
+        os.umask(old)
+    files = [file for file in (home / "runs/model-e2e-lora-s0").iterdir() if file.is_file()]
+    assert len(files) > 8
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+
+
+def test_a_run_in_use_is_told_before_its_data_are_read(home, failure):
+    (home / "data/trainset.csv").write_text("mr,ref\nnonsense,nonsense\n")
+    with locked(home / "runs/model-e2e-lora-s0"):
+        assert "is in use by process" in failure(run_main, FLAGS)
+    assert "malformed MR" in failure(run_main, FLAGS)
+    assert not [*(home / "runs").iterdir()]  # and nothing is left of it
+
+
+def test_a_folder_with_something_in_it_stays(tmp_path):
+    with locked(tmp_path / "run"):
+        (tmp_path / "run/file").touch()
+    assert (tmp_path / "run/file").exists() and not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_run_of_the_checkpoint_in_this_folder_has_a_name(home, monkeypatch, name):
+    (home / "model/below").mkdir()
+    monkeypatch.chdir(home / "model" if name == "." else home / "model/below")
+    s = Settings(model=name, task="e2e", data=None, seed=0, molex=None)
+    assert s.name == "model-e2e-lora-s0"
+
+
+# ------------------------------------------------------------------------------------- Ctrl-C
+
+
+def interrupted(argv: list[str], delay: float, times: int) -> tuple[int, str]:
+    """The exit code and the messages of a command that is sent SIGINT `times` times, beginning
+    `delay` seconds after its first import, which says what Ctrl-C does."""
+    command = [sys.executable, "-X", "importtime", *argv]
+    # a background job's SIGINT may be switched off
+    start = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(command, stdout=-3, stderr=-1, text=True, **start)
+    assert any("support.interrupts" in line for line in process.stderr)
+    time.sleep(delay)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    lines = [x for x in process.stderr.read().splitlines() if not x.startswith("import time:")]
+    return process.wait(120), "\n".join(lines)
+
+
+@pytest.mark.parametrize("script, delay", [("train.py", 0.0), ("eval.py", 0.5)])
+def test_ctrl_c_during_the_imports_is_one_line(home, script, delay):
+    code, said = interrupted([str(ROOT / script), *FLAGS.split()], delay, 1)
+    assert (code, said.split()) == (130, ["interrupted"])
+
+
+@pytest.mark.parametrize("delay", [1.0, 4.0, 7.0])
+def test_five_times_ctrl_c_is_one_line(home, delay):
+    argv = [str(ROOT / "train.py"), *FLAGS.split(), "--max-steps", "100000", "--epochs", "90000"]
+    code, said = interrupted(argv, delay, 5)
+    assert code == 130 and said.count("interrupted") == 1 and "Traceback" not in said
+    assert not [*home.rglob("*.tmp")]
+
+
+def test_who_imports_a_script_keeps_their_own_handlers():
+    code = "import signal, train; print(signal.getsignal(signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "default_int_handler" in done.stdout
+
+
+def test_a_lock_is_refused_in_one_line(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="in use by process"):
+        with locked(tmp_path / "run"):
+            pass
