@@ -37,7 +37,7 @@ from data import TASKS, Tokenizer, encode_glue, encode_pairs, read_alpaca, read_
 from lora import add_lora, load_lora, load_loralib, save_lora
 from model import Config, load
 from molex import MoLExConfig
-from support.checkpoints import byte_symbols
+from support.tokenizers import byte_symbols
 from support.files import InputError
 from support.runs import RunFolder
 from support.scoring import read_outputs
