@@ -28,18 +28,18 @@ from support.files import InputError, read_json, read_text
 # Contractions, words, numbers, signs, spaces (Radford et al., 2019).
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What means the same to `regex` and to Oniguruma, the engine of `tokenizers`: characters, classes
-# that hold no other class, groups, repetition, the end of a line.
-ESCAPE = r"\\(?:[sSdDwWrnt]|[pP]\{\^?\w+\}|u[0-9A-Fa-f]{4}|[^\w\s])"
+# that hold no other class, groups, repetition, the end of a line. (\w does not.)
+ESCAPE = r"\\(?:[sSdDrnt]|[pP]\{\^?\w+\}|u[0-9A-Fa-f]{4}|[^\w\s])"
 SHARED_SYNTAX = regex.compile(
-    rf"{ESCAPE}|\[\^?(?:{ESCAPE}|[^][\\&]|&(?!&))+\]|\((?:\?(?:i?:|[=!>]|<[=!]))?|\)"
-    r"|[*+?][+?]?|\{\d+(?:,\d*)?\}(?![+?])|[|.$]|[^][\\(){}*+?|.^$]"
+    rf"(?:{ESCAPE}|\[\^?(?:{ESCAPE}|[^][\\&]|&(?!&))+\]|\((?!\?)|\(\?(?:i?:|[=!>]|<[=!])|\)"
+    r"|[*+?][+?]?|\{\d+(?:,\d*)?\}(?![+?])|[|.$]|[^][\\(){}*+?|.^$])*+"
 )
 
 
 def compile_shared(pattern: str) -> regex.Pattern:
     """The compiled pattern. Raises InputError if it has what the two engines may read otherwise."""
-    if odd := SHARED_SYNTAX.sub("", pattern):
-        raise InputError(f"pre_tokenizer Split: {odd[:40]!r} in its pattern is not supported")
+    if odd := pattern[SHARED_SYNTAX.match(pattern).end() :]:
+        raise InputError(f"pre_tokenizer Split: its pattern is not supported from {odd[:40]!r} on")
     return regex.compile(pattern, regex.MULTILINE)
 
 
@@ -123,7 +123,8 @@ def word_steps(spec: dict | None) -> list[Callable[[str], list[str]]]:
             out.append(partial(split_words, regex.compile(r"\p{N}"), behavior, False))
             continue
         ((kind, pattern),) = step["pattern"].items()
-        compiled = compile_shared(pattern if kind == "Regex" else regex.escape(pattern))
+        plain = regex.compile(regex.escape(pattern))
+        compiled = compile_shared(pattern) if kind == "Regex" else plain
         if step["behavior"] not in BEHAVIORS:
             raise InputError(f"pre_tokenizer Split: behavior {step['behavior']!r} is not supported")
         out.append(partial(split_words, compiled, step["behavior"], bool(step.get("invert"))))
@@ -243,15 +244,13 @@ class BytePairs:
             i = self.vocab.get(token.content, token.id)
             is_special = token.special or i in special
             token = AddedToken(**vars(token) | dict(id=i, special=is_special))
-            token_of[i] = token.content
+            form = self.normalize(token.content) if token.normalized else token.content
+            token_of[i] = form
             if is_special:
                 hidden.add(i)
             else:
                 ids.append(i)
-            if token.normalized:
-                normalized.setdefault(self.normalize(token.content), token)
-            else:
-                as_written.setdefault(token.content, token)
+            (normalized if token.normalized else as_written).setdefault(form, token)
         self.as_written, self.normalized = TokenFinder(as_written), TokenFinder(normalized)
         self.bytes_of = {i: token_bytes(t) for i, t in token_of.items() if i not in hidden}
         # 3) Words, and what goes before a text.
