@@ -1,7 +1,7 @@
 """Texts to batches: the tokenizer; GLUE, E2E and Alpaca from files or the hub (appendix B, E.3).
 
-The tokenizer is tiktoken's byte-pair encoder over the checkpoint's own vocabulary and merges. Text
-is data: a string that happens to contain "<|endoftext|>" is encoded as those thirteen characters.
+The tokenizer is the checkpoint's own byte-pair encoding, computed by support/tokenizers.py. Text is
+data: a string that happens to contain "<|endoftext|>" is encoded as those thirteen characters.
 
     python data.py                      two examples of nano/e2e: text, tokens, batch
 """
@@ -14,87 +14,44 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import regex
-import tiktoken
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from model import Config
-from support.checkpoints import byte_symbols, read_tokenizer
 from support.files import InputError, from_hub, locate, parse_json, read_table, read_text
+from support.tokenizers import BytePairs, read_tokenizer
 
 
 class Tokenizer:
     """Text to the checkpoint's ids and back.
 
-    vocab: symbol -> id; merges: pairs of symbols, in order of priority; pattern: the regular
-    expression that cuts text into words before anything merges; start: ids that the checkpoint puts
-    before a text (Llama 3's <|begin_of_text|>). bos, eos and pad come from the checkpoint's config
-    (None if it has none) and are never produced from text. A byte that the vocabulary lacks (some
-    control characters in SmolLM2's) is left out of the text.
+    bpe: the checkpoint's byte-pair encoding, see support/tokenizers.py. start: ids that the
+    checkpoint puts before a text (Llama 3's <|begin_of_text|>). bos, eos and pad come from the
+    checkpoint's config (None if it has none). Special tokens are never produced from text.
     """
 
-    def __init__(
-        self, config: Config, vocab: dict[str, int], merges: list, pattern: str, start: list = ()
-    ) -> None:
-        self.encoder, self.start = not config.causal, list(start)
-        self.bos, self.ends, self.pad = config.bos, config.eos, config.pad
-        self.eos = self.ends[0] if isinstance(self.ends, tuple) else self.ends
-        # tiktoken wants symbols as bytes, and ranks (the order of merging) for ids
-        byte_of = byte_symbols()
-        symbols = list(dict.fromkeys([*byte_of, *(a + b for a, b in merges)]))
-        unknown = set(symbols) - vocab.keys() - byte_of.keys()
-        if unknown:
-            raise ValueError(f"its vocabulary lacks {min(unknown)!r}, which a merge makes")
-        ranks = {bytes(byte_of[c] for c in symbol): r for r, symbol in enumerate(symbols)}
-        self.bpe = tiktoken.Encoding(
-            "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-        self.id_of_rank = [vocab.get(symbol) for symbol in symbols]  # the checkpoint's ids
-        self.rank_of_id = {i: r for r, i in enumerate(self.id_of_rank) if i is not None}
-        self.lacks = bytes(b for symbol, b in byte_of.items() if symbol not in vocab)
-        self.words = regex.compile(pattern) if self.lacks else None
+    def __init__(self, config: Config, bpe: BytePairs) -> None:
+        self.encoder = not config.causal
+        self.bos, self.ends, self.pad = config.bos, config.ends, config.pad
+        self.eos = self.ends[0] if self.ends else None
+        self.bpe, self.start = bpe, bpe.start
 
     @classmethod
     def load(cls, name: str | Path, config: Config) -> "Tokenizer":
         """The tokenizer of a checkpoint folder or hub name. Raises InputError if it has none, or
-        one that is no byte-level BPE."""
-        try:
-            return cls(config, *read_tokenizer(name, config.vocab_size))
-        except InputError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError, regex.error) as error:
-            raise InputError(f"the tokenizer in {name} cannot be read: {error!r}") from error
+        one that is not supported."""
+        special = {config.bos, *config.ends, config.pad}
+        return cls(config, read_tokenizer(name, config.vocab_size, special))
 
     def encode(self, text: str) -> list[int]:
-        """Half a surrogate pair counts as U+FFFD. Raises InputError if tiktoken cannot take it."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        data = text.encode()
-        try:
-            if data != data.translate(None, self.lacks):
-                ranks = self._encode_without_lacking(text)
-            else:
-                ranks = self.bpe.encode_ordinary(text)
-        except BaseException as error:  # the class of its Rust's errors has no name to import
-            if type(error).__name__ != "PanicException":
-                raise
-            raise InputError(f"the tokenizer fails at the text {text[:60]!r}: {error}") from None
-        return [self.id_of_rank[rank] for rank in ranks]
-
-    def _encode_without_lacking(self, text: str) -> list[int]:
-        """Bytes that the vocabulary lacks go before anything merges, word by word."""
-        ranks = []
-        for word in self.words.findall(text):
-            kept = word.encode().translate(None, self.lacks)
-            if kept:
-                ranks += self.bpe._encode_single_piece(kept)
-        return ranks
+        """Half a surrogate pair counts as U+FFFD. A byte that the vocabulary lacks (some control
+        characters in SmolLM2's) is left out."""
+        return self.bpe.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Special tokens are left out."""
-        ranks = [self.rank_of_id[i] for i in ids if i in self.rank_of_id]
-        return self.bpe.decode_bytes(ranks).decode("utf-8", errors="replace")
+        return self.bpe.decode(ids)
 
 
 E2E_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}

@@ -46,7 +46,7 @@ class Config:
     bias: bool = True  # biases in the projections
     dropout: float = 0.0
     bos: int | None = None  # ids of the special tokens, None if there is none
-    eos: int | tuple[int, ...] | None = None  # of several each ends a text; we write the first
+    eos: int | tuple[int, ...] | None = None
     pad: int | None = None
     # What tells the families apart; the flags of its section in support/families.toml.
     causal: bool = True  # a token sees only earlier ones; False: an encoder
@@ -57,6 +57,13 @@ class Config:
     segments: bool = False  # an embedding of the text's segment, always the first
     first_position: int = 0  # RoBERTa's: the id of padding, plus 1
     rope: dict = field(default_factory=dict)  # rotary theta and, for Llama 3, its scaling
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Each of these tokens ends a text; the first is the one that is written."""
+        if isinstance(self.eos, tuple):
+            return self.eos
+        return () if self.eos is None else (self.eos,)
 
     @classmethod
     def load(cls, name: str | Path) -> "Config":

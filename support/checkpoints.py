@@ -1,8 +1,8 @@
-"""Other people's checkpoints: config.json, tensors and tokenizers as the Hugging Face hub has them.
+"""Other people's checkpoints: config.json and tensors as the Hugging Face hub has them.
 
-What comes out is in our names: a dictionary for model.Config, tensors for model.Transformer,
-vocabulary and merges for data.Tokenizer. Loading is strict: a setting that is not supported and a
-tensor that nobody uses are errors. families.toml has the names, family by family.
+What comes out is in our names: a dictionary for model.Config, tensors for model.Transformer;
+tokenizers.py has the tokenizers. Loading is strict: a setting that is not supported and a tensor
+that nobody uses are errors. families.toml has the names, family by family.
 """
 
 import re
@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.files import InputError, check, locate, read_json, read_tensors, read_text, reason
+from support.files import InputError, check, locate, read_json, read_tensors, reason
 from support.processes import say
 
 FAMILIES = tomllib.loads(Path(__file__).with_name("families.toml").read_text("utf-8"))
-NAMES, FIXED, REDUNDANT, PATTERNS = map(FAMILIES.pop, ("names", "fixed", "redundant", "patterns"))
+NAMES, FIXED, REDUNDANT = map(FAMILIES.pop, ("names", "fixed", "redundant"))
 LABELS = FAMILIES.pop("labels")
 COUNT, FEW, SHARE = (int, 1, 2**24), (int, 1, 4096), (float, 0, 1)  # see `check`
 FORMS = dict.fromkeys("vocab_size d_model d_head d_ff max_positions".split(), COUNT)
@@ -201,66 +201,3 @@ def order_head(tensors: dict[str, Tensor], c: dict, task: str, name: object) -> 
         return tensors | rows
     say(f"{name}: its classifier, of {', '.join(names)}, is not one for {task}: the head is new")
     return {n: w for n, w in tensors.items() if not n.startswith("head.")}
-
-
-def byte_symbols() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself if it prints, else from U+0100 on."""
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in prints]
-    symbols = {chr(b): b for b in prints}
-    symbols |= {chr(256 + i): b for i, b in enumerate(hidden)}
-    return symbols
-
-
-def read_tokenizer(name: str | Path, size: int) -> tuple[dict, list, str, list]:
-    """Vocabulary, merges, word pattern and leading ids (below `size`) of tokenizer.json, or of
-    vocab.json and merges.txt. Raises InputError if there is neither, and whatever a file makes fail
-    that is no byte-level BPE's."""
-    folder = checkpoint_folder(name)
-    start = []
-    if (folder / "tokenizer.json").exists():
-        spec = read_json(folder / "tokenizer.json")
-        if spec.get("normalizer"):
-            raise InputError(f"the tokenizer in {folder} has a normalizer: not supported")
-        vocab, pattern = spec["model"]["vocab"], word_pattern(spec["pre_tokenizer"])
-        merges = spec["model"]["merges"]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        start = leading_ids(spec.get("post_processor") or {})
-    elif (folder / "vocab.json").exists():
-        vocab = read_json(folder / "vocab.json")
-        lines = read_text(folder / "merges.txt").split("\n")
-        merges = [m.split(" ") for m in lines if m and not m.startswith("#version")]
-        # Only where digits are not on their own can one follow a space (Ġ) or a digit.
-        joined = any(re.fullmatch(r"[Ġ\d]\d", s) for s in vocab)
-        pattern = PATTERNS["gpt2" if joined else "digits"]
-    else:
-        raise InputError(f"{folder} holds no tokenizer.json and no vocab.json")
-    if not all(type(i) is int and 0 <= i < size for i in [*vocab.values(), *start]):
-        raise ValueError(f"it has ids that are not whole numbers below {size}")
-    return vocab, merges, pattern, start
-
-
-def word_pattern(spec: dict | None) -> str:
-    """The regular expression that a tokenizer.json's pre_tokenizer stands for."""
-    steps = (spec or {}).get("pretokenizers", [spec or {}])
-    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
-    if not last.get("add_prefix_space"):
-        by_gpt2 = last.get("use_regex", True)  # else by the step before
-        if kinds == ["ByteLevel"] and by_gpt2:
-            return PATTERNS["gpt2"]
-        if kinds == ["Digits", "ByteLevel"] and by_gpt2 and first["individual_digits"]:
-            return PATTERNS["digits"]
-        if kinds == ["Split", "ByteLevel"] and not by_gpt2 and first["behavior"] == "Isolated":
-            return first["pattern"]["Regex"]  # Llama 3
-    raise InputError(f"pre_tokenizer {' + '.join(map(str, kinds))} is no byte-level BPE known here")
-
-
-def leading_ids(post_processor: dict) -> list[int]:
-    """The special tokens that a tokenizer.json's post_processor puts before a text."""
-    ids = []
-    for step in post_processor.get("processors", [post_processor]):
-        for piece in step.get("single", []) if step.get("type") == "TemplateProcessing" else []:
-            if "SpecialToken" not in piece:  # the text begins here
-                break
-            ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-    return ids

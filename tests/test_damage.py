@@ -37,10 +37,10 @@ from data import TASKS, Tokenizer, encode_glue, encode_pairs, read_alpaca, read_
 from lora import add_lora, load_lora, load_loralib, save_lora
 from model import Config, load
 from molex import MoLExConfig
-from support.checkpoints import byte_symbols
 from support.files import InputError
 from support.runs import RunFolder
 from support.scoring import read_outputs
+from support.tokenizers import byte_symbols
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 from figure2_routes import read_routes
@@ -361,9 +361,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
             outcomes[kind, "refused"] += 1
             if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{10,1000}", str(error)):
                 failures.append(f"{kind} {i}: a message like {str(error)[:2000]!r}")
-        except BaseException as error:  # what tiktoken's Rust raises is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except Exception as error:
             failures.append(f"{kind} {i}: {type(error).__name__}: {str(error)[:200]}")
         if (took := time.perf_counter() - started) > 10:
             failures.append(f"{kind} {i}: took {took:.0f} s")
@@ -505,11 +503,10 @@ def test_half_of_a_surrogate_pair_becomes_the_replacement_character(pair):
     assert ours.decode(ours.encode(SURROGATES)) == re.sub("[\ud800-\udfff]", "\ufffd", SURROGATES)
 
 
-def test_text_beyond_what_the_tokenizer_can_take_is_refused_in_one_line(pair):
-    """A million spaces before a word are too many for the regular expressions' engine."""
-    with pytest.raises(InputError, match="the tokenizer fails at the text '   ") as caught:
-        pair[0].encode(" " * 1_500_000 + "a")
-    assert str(caught.value).isprintable()
+def test_a_line_of_spaces_however_long_is_encoded(pair):
+    """Whether the engine of regular expressions counts its steps, as some do, or not."""
+    text = " " * 300_000 + "a"
+    assert pair[0].decode(pair[0].encode(text)) == text
 
 
 TEXTS = [*HOSTILE.values(), SURROGATES]

@@ -28,8 +28,8 @@ from transformers import (
 from data import Tokenizer, e2e_prompt, encode_prompt
 from eval import ban_repeats, beam_search, generate
 from model import Config, Transformer, load
-from support.checkpoints import PATTERNS, byte_symbols
 from support.settings import Settings
+from support.tokenizers import BytePairs, byte_symbols
 
 # ------------------------------------------------------------------- against transformers' generate
 
@@ -311,7 +311,8 @@ def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens
     model = Transformer(config).eval()
     with torch.no_grad():
         model.head.weight *= 10
-    tokenizer = Tokenizer(config, byte_symbols(), [], PATTERNS["gpt2"])
+    spec = dict(model=dict(vocab=byte_symbols(), merges=[]), pre_tokenizer=dict(type="ByteLevel"))
+    tokenizer = Tokenizer(config, BytePairs(spec, 356))
     texts = [
         "name : Saffron Street | near : Tern House",
         "pub",
