@@ -9,6 +9,7 @@ data: a string that happens to contain "<|endoftext|>" is encoded as those thirt
 import math
 import re
 from collections import ChainMap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import Config
+from support.cli import progress_bar
 from support.files import InputError, from_hub, locate, parse_json, read_table, read_text
 from support.tokenizers import BytePairs, read_tokenizer
 
@@ -97,24 +98,26 @@ def e2e_file(folder: str | Path, split: str) -> Path:
     return path
 
 
-def read_e2e(folder: str | Path | None, split: str) -> list[tuple[str, str]]:
+def read_e2e(
+    folder: str | Path | None, split: str, check: Callable[[str], object] = e2e_prompt
+) -> list[tuple[str, str]]:
     """The (MR, reference) pairs of "train", "dev" or "test", from `folder` or, if None, from the
-    challenge's repository. Raises InputError with file and line."""
+    challenge's repository. `check` raises InputError for an MR that is not wanted. Raises
+    InputError with file and line."""
     if folder is None:
         url = E2E_HUB + E2E_FILES[split]
         table = from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
-        return list(zip(table["mr"], table["ref"], strict=True))
-    path = e2e_file(folder, split)
-    if is_tokenized(folder):
-        rows = read_table(path, ["mr", "ref"], "||", header=("mr", "ref"))
+        rows = [(f"{url}, row {i}", row) for i, row in enumerate(table, start=1)]
+    elif is_tokenized(folder):
+        rows = read_table(e2e_file(folder, split), ["mr", "ref"], "||", header=("mr", "ref"))
     else:
-        rows = read_table(path, ["mr", "ref"])
+        rows = read_table(e2e_file(folder, split), ["mr", "ref"])
     pairs = []  # each has a reference, and an MR that can be read
     for where, row in rows:
         if not row["ref"].strip():
             raise InputError(f"{where}: the reference is empty")
         try:
-            e2e_prompt(row["mr"])
+            check(row["mr"])
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         pairs.append((row["mr"], row["ref"]))
@@ -285,7 +288,7 @@ def encode_texts(tokenizer: Tokenizer, texts: tuple[str, ...], limit: int) -> li
 def encode_glue(tokenizer: Tokenizer, rows: list[Row], limit: int) -> list[Example]:
     """Rows of `read_glue` as examples of at most `limit` tokens."""
     examples = []
-    for texts, label in tqdm(rows, "encode", leave=False):
+    for texts, label in progress_bar(rows, "encode", leave=False):
         examples.append(Example(encode_texts(tokenizer, texts, limit), label=label))
     return examples
 
@@ -306,7 +309,7 @@ def encode_pairs(
     ends with the end-of-text token; E2E's starts with a space. A prompt that leaves no room for an
     answer is left out, which is said."""
     examples = []
-    for text, answer in tqdm(pairs, "encode", leave=False):
+    for text, answer in progress_bar(pairs, "encode", leave=False):
         prompt = encode_prompt(tokenizer, text, task)
         if len(prompt) >= limit:
             continue  # there is no room for an answer

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data import (
     GLUE,
@@ -42,7 +41,7 @@ from data import (
 from lora import adapt, merge, trainable, trained_tensors
 from model import Cache, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
-from support.cli import Parser, command_line, pick_device
+from support.cli import Parser, progress_bar, command_line, pick_device
 from support.files import InputError, fill, locate
 from support.runs import RunFolder, is_run
 from support.scoring import clean, meteor, mteval_tokens, ptb_tokenize, read_outputs, sacrebleu
@@ -207,7 +206,7 @@ def e2e_scores(predictions: Texts, references: References) -> Scores:
         what = f"{len(predictions)} predictions and {len(references)} groups"
         raise InputError(f"give one prediction for each group of references, but there are {what}")
     scores = {}
-    for metric in tqdm((bleu, nist, meteor, rouge_l, cider), "metrics", leave=False):
+    for metric in progress_bar((bleu, nist, meteor, rouge_l, cider), "metrics", leave=False):
         scores[metric.__name__] = metric(predictions, references)
     return scores
 
@@ -215,7 +214,7 @@ def e2e_scores(predictions: Texts, references: References) -> Scores:
 def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
     """Batches of the examples' indices, of like length together, with a progress bar."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    with tqdm(total=len(order), desc=what, leave=False) as bar:
+    with progress_bar(total=len(order), desc=what, leave=False) as bar:
         for i in range(0, len(order), batch_size):
             indices = order[i : i + batch_size]
             yield indices
@@ -493,7 +492,7 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Ru
     names = GLUE[s.task].labels
     dev, answers, rows, samples = {}, {}, [], []
     for split in GLUE[s.task].dev:
-        texts_and_labels = read_glue(s.data, s.task, split)
+        texts_and_labels = read_glue(s.data, s.task, split)[: s.dev_limit]
         dev[split] = encode_glue(tokenizer, texts_and_labels, limit)
         answers[split] = classify(model, dev[split], s.eval_batch)
         for i, (texts, label) in enumerate(texts_and_labels):
@@ -510,6 +509,7 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: 
     """The dev set's loss; and answers to five prompts, to look at."""
     longest = model.config.max_positions
     dev = read_examples(tokenizer, "alpaca", s.data, "dev", min(s.max_length, longest))
+    dev = dev[: s.dev_limit]
     fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= longest]
     shown = fitting[:: max(1, len(fitting) // 5)][:5]  # five answers, to look at
     outputs = generate(model, tokenizer, [e.prompt for e in shown], s.eval_batch, **s.search())

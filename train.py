@@ -37,12 +37,14 @@ from data import (
     Tokenizer,
     collate,
     data_files,
+    e2e_prompt,
+    encode_prompt,
     read_e2e,
     read_examples,
     shuffled_batches,
 )
 from eval import Splits, build, dev_scores, evaluate_run, read_run
-from lora import load_loralib, task_head, trained_tensors
+from lora import load_loralib, task_head, trainable, trained_tensors
 from model import Transformer
 from molex import MoLEx, MoLExConfig
 from support.cli import command_line, pick_device
@@ -51,7 +53,7 @@ from support.files import InputError, fill, locked, signals_wait
 from support.processes import is_first, say, sum_over_processes, torchrun, wait_for_all, world
 from support.runs import SAVE_SECONDS, RunFolder, drop_other_gate
 from support.settings import Settings, paper_settings, parse_command
-from support.tables import pictures, report
+from support.tables import opening, pictures, report
 
 
 def train_step(
@@ -114,7 +116,7 @@ def make_optimizer(model: Transformer, s: Settings, steps: int) -> tuple[Optimiz
         [dict(params=ps, lr=lr, weight_decay=decay) for (lr, decay), ps in groups.items()],
         eps=s.adam_eps,
     )
-    warm = s.warmup if s.warmup >= 1 else math.ceil(s.warmup * steps)  # below 1: a share
+    warm = s.warm_steps(steps)
 
     def rate(step: int) -> float:
         if step < warm:
@@ -153,9 +155,12 @@ def fit(
     if s.molex:
         state["routes"] = model.layers.routes.training_state()
     run.start(s, data_files(s.task, s.data), state, model.device)
+    sizes = (trainable(model), sum(p.numel() for p in model.parameters()))
+    where = f"{model.device} in {'bf16' if model.bf16 else 'float32'}"
+    say(opening(s, folder, sizes, counts, (at.step, steps), where))
     graphed = graphed_step(model, optimizer, s) if s.cuda_graphs else None
 
-    with tqdm(total=steps, initial=at.step, desc=s.name, disable=not first) as bar:
+    with tqdm(total=steps, initial=at.step, desc=s.name, disable=None if first else True) as bar:
         for epoch in range(len(at.log), math.ceil(steps / per_epoch)):
             done = at.step - epoch * per_epoch  # batches of this epoch, if the run goes on in it
             if done == 0:
@@ -231,7 +236,7 @@ def end_epoch(
     at.log.append(dict(entry, **scores, seconds_per_step=at.seconds / at.step, curve=at.curve))
     run.write_log(at.log, trained_tensors(model))
     text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
-    tqdm.write(f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, {text}")
+    tqdm.write(f"{s.name}, epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, {text}")
 
 
 def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
@@ -266,13 +271,24 @@ def start_from(model: Transformer, path: Path) -> str:
     return "all but its head" + ("" if same else " and its gate, for want of one of this shape")
 
 
-def read_data(s: Settings, tokenizer: Tokenizer, limit: int) -> tuple[list[Example], Splits]:
-    """The training examples, and those of each dev split."""
+def read_data(s: Settings, tokenizer: Tokenizer, positions: int) -> tuple[list[Example], Splits]:
+    """The training examples, and those of each dev split, for a model of so many positions. Raises
+    InputError, before anything is trained, if the test set cannot be decoded after it."""
     splits = {}
+    limit = min(s.max_length, positions)
     for split in ("train", *TASKS[s.task].dev):
-        splits[split] = read_examples(tokenizer, s.task, s.data, split, limit)
+        examples = read_examples(tokenizer, s.task, s.data, split, limit)
+        splits[split] = examples[: s.train_limit if split == "train" else s.dev_limit]
     if s.task == "e2e":
-        read_e2e(s.data, "test")  # only to be sure, before training, that it can be read
+        mrs = {}
+
+        def fits(mr: str) -> None:
+            mrs[mr] = len(encode_prompt(tokenizer, e2e_prompt(mr))) + s.max_new_tokens - 1
+            if mrs[mr] > positions and (s.test_limit is None or len(mrs) <= s.test_limit):
+                what = f"the MR and --max-new-tokens {s.max_new_tokens} make {mrs[mr]} tokens"
+                raise InputError(f"{what}, but the model has {positions} positions; shorten either")
+
+        read_e2e(s.data, "test", fits)
     return splits.pop("train"), splits
 
 
@@ -282,7 +298,7 @@ def train(s: Settings, folder: Path, device: torch.device, fresh: bool = False) 
     first = is_first()
     with locked(folder) if first else nullcontext():
         model, tokenizer = prepare(s, device)
-        examples, dev = read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+        examples, dev = read_data(s, tokenizer, model.config.max_positions)
         if first and fresh:
             RunFolder(folder).remove()
         wait_for_all()
@@ -320,7 +336,8 @@ def main() -> None:
         for s in runs:
             run(s, args.out, args.fresh, device)
         if is_first():
-            print("\n" + (args.out / runs[-1].name / "samples.txt").read_text())
+            print(f"\n{runs[-1].name} says:\n")
+            print((args.out / runs[-1].name / "samples.txt").read_text())
             report(runs, args.out, TASKS)
             if len(runs) > 1:
                 pictures(runs, args.out, TASKS)

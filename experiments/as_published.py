@@ -191,12 +191,12 @@ def as_script(s: Settings, pad: int | None = None) -> Settings:
 
 def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     """Train and score one run as published, or what is left of it."""
-    out = RunFolder(folder, TASKS[s.task].metric)
-    if out.finished(s, data.data_files(s.task, s.data)):
+    if RunFolder(folder).finished(s, data.data_files(s.task, s.data)):
         return read_json(folder / "scores.json")
     model, tokenizer = train.prepare(s, device)
     publish(model, s.molex)
-    examples, dev = train.read_data(s, tokenizer, model.config.max_positions)
+    uncut = replace(s, max_length=model.config.max_positions)
+    examples, dev = train.read_data(uncut, tokenizer, uncut.max_length)
     longest, pad = max(len(e) for split in (examples, *dev.values()) for e in split), s.max_length
     if longest > pad:
         raise InputError(f"--pad is {pad}, but the longest text has {longest} tokens")
@@ -204,7 +204,7 @@ def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     with locked(folder), PATCH(train, "collate", collate), PATCH(evaluation, "collate", collate):
         train.fit(s, folder, model, examples, dev)
         if s.task != "e2e":
-            fill(trained_tensors(model), out.best(), folder)
+            fill(trained_tensors(model), RunFolder(folder).best(), folder)
         scores = evaluation.dev_scores(model.eval(), s.task, dev, s.eval_batch)
         if s.task == "e2e":
             merge(model)

@@ -184,7 +184,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
         write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
         return
     model, tokenizer = train.prepare(s, device)
-    examples, dev = train.read_data(s, tokenizer, min(s.max_length, model.config.max_positions))
+    examples, dev = train.read_data(s, tokenizer, model.config.max_positions)
     with locked(folder):
         if arm.of:
             write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")

@@ -88,7 +88,6 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, e2e_prompt, encode_pairs, encode_prompt, read_e2e
@@ -97,7 +96,7 @@ from lora import add_lora, load_lora, loras, merge, save_lora
 from model import Config, Transformer, load
 from molex import MoLExConfig, upcycle
 from support.checkpoints import checkpoint_folder
-from support.cli import Parser, at_least, command_line, pick_device
+from support.cli import Parser, at_least, command_line, pick_device, progress_bar
 from support.files import InputError, write_text
 from support.settings import Settings
 from train import graphed_step, make_optimizer, train_step
@@ -283,7 +282,7 @@ def write_lora(folder: Path, where: Path, fit: list[list[Example]], device: torc
     for lora in loras(model).values() if not fit else ():
         nn.init.normal_(lora.B, std=1e-3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    for examples in tqdm(fit, "fit the LoRA", leave=False):
+    for examples in progress_bar(fit, "fit the LoRA", leave=False):
         model.loss(collate(examples)).div(sum(e.targets for e in examples)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -360,7 +359,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of job(0), job(1), ... of each, in turns; job(0) once more, before, to warm up."""
     seconds = {name: [] for name in jobs}
-    for r in tqdm(range(-1, rounds), what, leave=False):
+    for r in progress_bar(range(-1, rounds), what, leave=False):
         for name, job in [*jobs.items()][:: 1 if r % 2 else -1]:
             wait(device)
             start = time.perf_counter()

@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
             rows[tuple(context), tuple(answer[:-1])].append(i)
         order = sorted(rows, key=lambda row: len(row[0]) + len(row[1]), reverse=True)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
             for at in range(0, len(order), self.batch_size):
                 some = order[at : at + self.batch_size]
                 examples = [Example(list(row[0]), requests[rows[row][0]][2]) for row in some]
@@ -172,7 +172,7 @@ class HarnessModel(TemplateLM):
                 raise InputError(f"only greedy decoding within {self.limit} tokens, not {setting}")
             groups[setting["max_gen_toks"]].append(i)
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="greedy decoding", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="greedy decoding", disable=disable_tqdm or None) as bar:
             for length, group in groups.items():
                 prompts = {i: self.tok_encode(requests[i].args[0]) for i in group}
                 prompts = {i: ids[length - self.limit :] for i, ids in prompts.items()}

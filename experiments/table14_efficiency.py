@@ -39,7 +39,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lora import add_lora
@@ -47,7 +46,7 @@ from model import Config, Context, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
 from support import settings
 from support.checkpoints import our_config
-from support.cli import Parser, at_least, command_line, pick_device
+from support.cli import Parser, at_least, command_line, pick_device, progress_bar
 
 LLAMA = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))["Llama-3.2-1B"]
 LORA = dict(r=8, alpha=32)
@@ -92,7 +91,7 @@ def measure(
     """Seconds of each pass over ids (B, N), and peak memory in bytes (None on the CPU), of every
     one of the `stacks` of layers. They take turns in the model; a first round is not timed."""
     seconds, peak = {name: [] for name in stacks}, {}
-    for _ in tqdm(range(rounds + 1), "measure", leave=False):
+    for _ in progress_bar(range(rounds + 1), "measure", leave=False):
         for name, model.layers in stacks.items():
             if ids.is_cuda:
                 torch.cuda.synchronize()

@@ -34,7 +34,6 @@ from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import GLUE, Example, encode_glue, read_glue
@@ -42,7 +41,7 @@ from eval import accuracy, classify, load_run, read_run
 from experiments.small import finished_runs, runs_parser
 from model import Transformer
 from support import settings
-from support.cli import at_least, command_line, pick_device
+from support.cli import at_least, command_line, pick_device, progress_bar
 from support.files import InputError, write_atomic
 from support.tables import spread
 
@@ -78,7 +77,9 @@ def robustness(folder: Path, sizes: list[float], seeds: int, device: torch.devic
     rows = [read_glue(config.data, task, split) for split in GLUE[task].dev]
     dev = [encode_glue(tokenizer, split, limit) for split in rows]
     found = defaultdict(list)
-    for size, seed in tqdm([(a, b) for a in sizes for b in range(seeds)], folder.name, leave=False):
+    for size, seed in progress_bar(
+        [(a, b) for a in sizes for b in range(seeds)], folder.name, leave=False
+    ):
         found[size].append(noisy_accuracy(model, dev, config.eval_batch, size, seed))
     return found
 

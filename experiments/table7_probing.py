@@ -30,14 +30,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, Tokenizer, collate, encode_texts, read_e2e
 from eval import load_model
 from experiments.table7_tasks import FILES, read_senteval, write_tasks
 from model import Transformer
-from support.cli import Parser, at_least, command_line, pick_device
+from support.cli import Parser, at_least, command_line, pick_device, progress_bar
 from support.files import InputError
 from support.settings import PAPER
 
@@ -64,7 +63,7 @@ def features(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> Tens
     hooks = [b.register_forward_pre_hook(before) for b in layers.blocks]
     hooks.append(layers.register_forward_hook(lambda m, args, z: store(len(m.blocks) - 1, z)))
     with model.autocast():
-        for i in tqdm(range(0, len(order), 64), "states", leave=False):
+        for i in progress_bar(range(0, len(order), 64), "states", leave=False):
             rows = order[i : i + 64]
             batch = collate([Example(ids[j]) for j in rows]).to(device)
             mask = batch.mask
@@ -179,7 +178,7 @@ def main() -> None:
         states = features(model, tokenizer, [text for _, text in rows])
         table[name] = [
             100 * probe(states[:, t].to(device).split(sizes), y, linear=name == "WC")
-            for t in tqdm(range(model.config.n_layer), f"probe {name}", leave=False)
+            for t in progress_bar(range(model.config.n_layer), f"probe {name}", leave=False)
         ]
     print_table(f"{args.model}, accuracy in %", table, chance)
     paper = {name: PAPER["table7"][name] for name in table}

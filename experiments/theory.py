@@ -49,12 +49,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import Context
 from molex import MoLEx, MoLExConfig
-from support.cli import Parser, at_least, command_line
+from support.cli import Parser, at_least, command_line, progress_bar
 
 T, C, D, M = 3, 4, 8, 5  # slots; classes, which is MoLEx's width; Theorem 1's width and members
 TOL = 1e-9  # in float64 a gain below it is none, and an error above it is one
@@ -214,7 +213,7 @@ def check_molex() -> dict[str, float]:
 def check(instances: int) -> dict[str, list[float]]:
     """What the instances gave for each row."""
     results = defaultdict(list)
-    for _ in tqdm(range(instances), "instances", leave=False):
+    for _ in progress_bar(range(instances), "instances", leave=False):
         for row, value in (check_ensemble() | check_molex()).items():
             results[row].append(value)
     return results

@@ -1,12 +1,14 @@
 """The command line: its parser, the device, and how a command ends."""
 
 import argparse
+import difflib
 import re
 import signal
 import sys
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from support.files import InputError, reason
 
@@ -18,6 +20,11 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
+
+
+def progress_bar(*args: object, **more: object) -> tqdm:
+    """A progress bar, silent where stderr is no terminal."""
+    return tqdm(*args, **{"disable": None, **more})
 
 
 def command_line(main: Callable[[], None], resumes: str = "") -> None:
@@ -52,7 +59,9 @@ class Parser(argparse.ArgumentParser):
     """Reports what is wrong like every other input error, in one line."""
 
     def error(self, message: str) -> None:
-        raise InputError(message)
+        unknown = re.search("unrecognized arguments: (-[^ =]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        raise InputError(message + (f"; is {near[0]} meant?" if near else ""))
 
 
 def at_least(low: int) -> Callable[[str], int]:

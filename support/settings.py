@@ -12,6 +12,7 @@ these count, the later ones more:
 
 import argparse
 import json
+import math
 import reprlib
 import tomllib
 from collections.abc import Iterable
@@ -32,9 +33,9 @@ def setting(
     default: object, help: str, *choices: str, least: float | None = None, below: float = 1e30
 ) -> Any:
     """A dataclass field with its help and what it may be: one of `choices`, or a number from
-    `least` (if not said: 0, or 1 for a whole number) to less than `below`."""
+    `least` (if not said 0, or 1 for a whole number whose default is not 0) to less than `below`."""
     whole = not isinstance(default, float)
-    least = int(whole) if least is None else least
+    least = int(whole and default != 0) if least is None else least
     below = min(below, 2**24) if whole else below  # at some larger whole numbers torch overflows
     metadata = dict(help=help, choices=choices, least=least, below=below)
     return field(default=default, metadata=metadata)
@@ -66,7 +67,10 @@ def check_fields(values: object, where: str = "") -> None:
             known = " or ".join(limits["choices"])
             raise InputError(f"{what} is {reprlib.repr(value)}, not {known}")
         if type(value) in (int, float) and not limits["least"] <= value < limits["below"]:
-            raise InputError(f"{what} cannot be {reprlib.repr(value)}")  # nor not-a-number
+            bounds = f"{limits['least']} or more"
+            if limits["below"] < 2**24:
+                bounds += f", less than {limits['below']:g}"
+            raise InputError(f"{what} cannot be {reprlib.repr(value)}: it is {bounds}")
 
 
 def from_json(cls: type, values: object, where: object, **nested: type) -> Any:
@@ -128,7 +132,9 @@ class Settings:
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
     cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
     eval_batch: int = setting(16, "sequences evaluated together")
-    test_limit: int | None = setting(None, "decode only so many MRs of the test set")
+    train_limit: int | None = setting(None, "train on only so many examples")
+    dev_limit: int | None = setting(None, "score only so many examples of each dev set")
+    test_limit: int | None = setting(None, "decode only so many MRs of the test set (E2E)")
 
     @property
     def name(self) -> str:
@@ -148,6 +154,10 @@ class Settings:
         """As tables call it."""
         tune = {"lora": "LoRA", "full": "full", "bitfit": "BitFit"}[self.tune]
         return f"{tune} + MoLEx" if self.molex else tune
+
+    def warm_steps(self, steps: int) -> float:
+        """In how many of so many steps the learning rate rises."""
+        return self.warmup if self.warmup >= 1 else math.ceil(self.warmup * steps)
 
     def search(self) -> dict:
         """The settings of beam search."""
@@ -181,9 +191,23 @@ def paper_settings(shape: str, task: str) -> tuple[dict, str]:
     return found | nano, "" if own else "Table 5, for RoBERTa-base"
 
 
-def make_parser(tasks: list[str], *classes: type) -> Parser:
-    """A flag for every `setting` of the dataclasses. What is not given is not in the result."""
-    parser = Parser(description="Fine-tune with LoRA, with or without MoLEx", allow_abbrev=False)
+# --help has the settings in groups, by how their names begin; the others are of training.
+GROUPS = {
+    "the LoRA": ("lora_",),
+    "MoLEx's training": ("gate_lr", "gate_weight_decay", "load_balance"),
+    "decoding and evaluation": (
+        "beam", "length_penalty", "no_repeat", "max_new", "eval_batch", "dev_limit", "test_limit"),
+    "how it is run": ("precision", "cuda_graphs", "accumulate"),
+}  # fmt: skip
+
+
+def make_parser(tasks: list[str], *classes: type, values: dict | None = None) -> Parser:
+    """A flag for every `setting` of the dataclasses. What is not given is not in the result.
+    `values`: those that --help shows; a field's default where they have none."""
+    about = "Fine-tune with LoRA, with or without MoLEx. In brackets: what counts without a flag"
+    parser = Parser(description=about, allow_abbrev=False, add_help=False)
+    text = "this; with other flags beside it (--model, --task) what counts for them"
+    parser.add_argument("-h", "--help", action="store_true", help=text)
     parser.add_argument("--model", help="hub name or folder (nano/'s, with --compare)")
     known = dict(choices=[*tasks, "glue"], type=lambda name: name.lower().replace("-", ""))
     parser.add_argument("--task", default="e2e", help="glue: all eight in turn (e2e)", **known)
@@ -197,18 +221,28 @@ def make_parser(tasks: list[str], *classes: type) -> Parser:
     text += "; with --compare one with MoLEx, one without; of glue for MRPC, RTE, STS-B (Table 9)"
     parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN", help=text)
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
+    text = "not needed: the same command goes on with a run that was stopped"
+    parser.add_argument("--resume", action="store_true", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    for f in (f for cls in classes for f in fields(cls) if f.metadata):
-        kind = dict(type=int if f.default is None else type(f.default))
+    groups = {name: parser.add_argument_group(name) for name in ("training", *GROUPS, "MoLEx")}
+    for kind_of, f in ((cls, f) for cls in classes for f in fields(cls) if f.metadata):
+        of = [name for name, starts in GROUPS.items() if f.name.startswith(starts)]
+        group = groups[(of or ["training"])[0] if kind_of is classes[0] else "MoLEx"]
+        number = float if float in kinds(f) else int if int in kinds(f) else str
+        kind = dict(type=number if f.default is None else type(f.default))
         flag = "--" + f.name.replace("_", "-")
         if f.metadata["choices"]:
             kind = dict(choices=f.metadata["choices"])
         elif isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif f.name == "layers":
-            kind, flag = dict(type=layer_range, metavar="0-11"), "--molex-layers"
-        text = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
-        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
+        elif tuple in kinds(f):
+            flag = "--molex-layers" if f.name == "layers" else flag
+            kind = dict(type=layer_range, metavar="0-11")
+        value = (values or {}).get(f.name, f.default)
+        if isinstance(value, tuple):
+            value = f"{value[0]}-{value[-1]}"
+        text = f.metadata["help"].replace("%", "%%") + ("" if value is None else f" ({value})")
+        group.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
 
@@ -218,6 +252,28 @@ def parse_command(
     """The command line, and the settings of every run it asks for, in order. `gate`: the dataclass
     of MoLEx's settings. Raises InputError if they do not fit each other."""
     args = make_parser(list(tasks), Settings, gate).parse_args(argv)
+    if args.help:
+        print_help(gate, tasks, args)
+    runs = settle_all(args, gate)
+    remarks(args, runs, gate)
+    return args, runs
+
+
+def print_help(gate: type, tasks: Iterable[str], args: argparse.Namespace) -> None:
+    """With the values that count for the other flags in `args`, and end the program."""
+    values, note = {}, ""
+    try:
+        s = settle_all(args, gate)[-1]
+        values = vars(s) | vars(s.molex or gate())
+    except InputError as error:  # a model that is not to be had, say
+        note = f"\nIn brackets are the defaults: {error}"
+    make_parser(list(tasks), Settings, gate, values=values).print_help()
+    print(note)
+    raise SystemExit(0)
+
+
+def settle_all(args: argparse.Namespace, gate: type) -> list[Settings]:
+    """The settings of every run that the command line asks for, in order."""
     writes = args.task in ("e2e", "alpaca")
     compare = args.compare or (args.model is None and not args.no_molex)
     args.model = str(Path(args.model or ("nano/gpt2" if writes else "nano/roberta")))  # "a/" is "a"
@@ -231,7 +287,36 @@ def parse_command(
         kinds_of_run = [False, True] if compare else [not args.no_molex]  # without MoLEx, with it
         pair = [settle(args, gate, config, task, starts, mixes) for mixes in kinds_of_run]
         runs += [replace(s, seed=seed) for seed in dict.fromkeys(args.seeds) for s in pair]
-    return args, runs
+    return runs
+
+
+def remarks(args: argparse.Namespace, runs: list[Settings], gate: type) -> None:
+    """Print what on the command line means nothing."""
+    if args.resume:
+        print("--resume is not needed: the same command goes on with a run that was stopped")
+    if len(set(args.seeds)) < len(args.seeds):
+        print("a seed is given twice: that is one run")
+    for flag, why in without_effect(args, runs, gate):
+        print(f"--{flag.replace('_', '-')} has no effect here: {why}")
+
+
+def without_effect(
+    args: argparse.Namespace, runs: list[Settings], gate: type
+) -> list[tuple[str, str]]:
+    """The settings that were given and that no run uses, each with the reason."""
+    of_gate = {f.name for f in fields(gate)} | set(GROUPS["MoLEx's training"])
+    decoding = {*runs[0].search(), "test_limit"}
+    found = []
+    for name in vars(args):
+        if name in of_gate and not any(s.molex for s in runs):
+            found.append((name, "it is MoLEx's"))
+        elif name.startswith("lora_") and all(s.tune != "lora" for s in runs):
+            found.append((name, f"--tune {runs[0].tune} has no LoRA"))
+        elif name in decoding and not any(s.task in ("e2e", "alpaca") for s in runs):
+            found.append((name, "GLUE's dev sets are scored whole, or up to --dev-limit"))
+        elif name == "proj_dim" and all(s.molex.gate != "cosine" for s in runs if s.molex):
+            found.append((name, "only a cosine gate has a projection"))
+    return found
 
 
 def settle(

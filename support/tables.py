@@ -72,6 +72,47 @@ def departures(runs: list[Settings], out: Path, tasks: Tasks) -> list[str]:
     return list(dict.fromkeys(lines))  # without repetition
 
 
+def opening(
+    s: Settings, folder: Path, sizes: tuple, counts: dict[str, int], steps: tuple, where: str
+) -> str:
+    """What a run tells when it begins, or goes on. `sizes`: how many parameters are trained (but
+    for a head), and all; `counts`: examples of each split; `steps`: done and all; `where`: device
+    and precision."""
+    (trained, parameters), (done, end) = sizes, steps
+    data = s.data or "the hub"
+    lines = [
+        f"{s.name}: {s.model} has {parameters:,} parameters, {trained:,} are trained (but a head)",
+        f"  {s.task} from {data}: {counts['train']:,} training examples, {counts['dev']:,} of dev",
+        f"  steps {done + 1:,} to {end:,} on {where}, written to {folder}",
+    ]
+    if s.warm_steps(end) >= end:
+        lines.append(f"  the rate rises for {s.warm_steps(end):g} steps: it never is --lr {s.lr:g}")
+    if end == 1 and s.warmup:
+        lines.append("  the rate begins at 0: a single step trains nothing")
+    return "\n".join(lines)
+
+
+def remarks(runs: list[Settings], out: Path, p: bool) -> list[str]:
+    """What a reader of the table wants to know of its numbers. `p`: it has the column."""
+    lines = []
+    if p:
+        lines.append("p: how often chance alone makes such a difference in BLEU, by resampling the")
+        lines[-1] += " test MRs (paired bootstrap); seed by seed"
+    if any(s.label_smoothing for s in runs):
+        lines.append("the train loss that epochs show is label-smoothed, dev loss is not")
+    for name in ("train_limit", "dev_limit", "test_limit"):
+        if limits := {getattr(s, name) for s in runs} - {None}:
+            part = name.partition("_")[0]
+            lines.append(f"--{part}-limit: only the first {max(limits)} of the {part} set")
+    for s in runs:
+        last = RunFolder(out / s.name).read_log_end()
+        examples = last.get("examples", {}).get("train")
+        per_epoch = math.ceil(examples / s.batch_size) if examples else 1
+        if last["step"] % per_epoch:
+            lines.append(f"the last epoch is not whole: {last['step']} steps, {per_epoch} an epoch")
+    return list(dict.fromkeys(lines))
+
+
 def spread(values: list[float], factor: float, decimals: int) -> str:
     """Mean, and standard deviation (n - 1) if there are several."""
     values = [v * factor for v in values]
@@ -127,6 +168,7 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
         means = [[statistics.mean(v) for v in zip(*m, strict=True)] for m in by_method]
         print(row(papers, AVERAGE, means, ("average", 100, 2)))
     seeds = len({s.seed for s in runs})
+    print("", *remarks(runs, out, len(papers) == 2 and "e2e" in names), sep="\n")
     if len(papers) == 2 and seeds > 1:
         print(f"\ndifference: paired, mean of {seeds} seeds with its 95% interval (Student's t)")
     if any(papers.values()):
