@@ -6,7 +6,8 @@ symbols, is merged pair by pair (Sennrich et al., 2016; Radford et al., 2019). A
 has vocab.json and merges.txt, which are read as the tokenizer.json that they stand for. A step that
 is not computed here exactly is refused by its name. By intention unread: a tokenizer.json's
 truncation and padding, which transformers replaces at every call, and what its post_processor puts
-after a text, which each task here decides.
+after a text, which each task here decides. Characters newer than Unicode 16 may be letters here and
+unknown to `tokenizers`.
 """
 
 import heapq
@@ -236,6 +237,7 @@ class BytePairs:
         names = {field.name for field in fields(AddedToken)}
         added = [AddedToken(**{n: v for n, v in t.items() if n in names}) for t in added]
         ids = [*self.vocab.values()]
+        check_ids(added, self.vocab)
         self.forms = normal_forms(spec.get("normalizer"))
         as_written, normalized = {}, {}
         token_of = {i: symbol for symbol, i in self.vocab.items()}
@@ -353,6 +355,18 @@ def check_model(model: dict) -> None:
         raise InputError("the BPE sets byte_fallback for bytes that it lacks: not supported")
 
 
+def check_ids(added: list[AddedToken], vocab: dict[str, int]) -> None:
+    """Raise InputError if an added token has another id than `tokenizers` gives it, which counts on
+    from the vocabulary's size and does not read it."""
+    free = len(vocab)
+    for token in sorted(added, key=lambda token: token.id):
+        i = vocab.get(token.content, free)
+        if i != token.id and not token.special:
+            what = f"added token {token.content!r} has id {token.id}"
+            raise InputError(f"{what}, but {i} with tokenizers: not supported")
+        free = max(free, token.id + 1)
+
+
 def normal_forms(normalizer: dict | None) -> list[str]:
     """The Unicode normal forms that a normalizer makes, one after another. Raises InputError."""
     forms = [step["type"] for step in flatten(normalizer, "normalizers")]
@@ -453,7 +467,7 @@ def read_tokenizer(name: str | Path, size: int, special: set[int | None]) -> Byt
         if str(folder) in str(error):
             raise
         raise InputError(f"the tokenizer in {folder}: {error}") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
-    except regex.error as error:
+    except (RecursionError, regex.error) as error:
         raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error

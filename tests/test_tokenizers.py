@@ -340,6 +340,21 @@ def test_the_models_own_end_of_text_is_never_produced_from_text(tmp_path):
     assert 256 not in ours.encode("<end>") and ours.decode([*ours.encode("<end>"), 256]) == "<end>"
 
 
+@pytest.mark.parametrize("content, i, theirs", [("[NAME]", 300, 256), ("b", 256, 65)])
+def test_an_added_token_whose_id_tokenizers_would_not_give_it_is_refused(
+    tmp_path, content, i, theirs
+):
+    from_merges([]).save(str(tmp_path / "tokenizer.json"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"] = [dict(id=i, content=content, **flags)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    bpe = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert bpe.encode(content).ids == [theirs]
+    with pytest.raises(InputError, match=f"has id {i}, but {theirs} with tokenizers"):
+        Tokenizer.load(tmp_path, CONFIG)
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["old layout", "tokenizer.json"])
 def test_tokens_that_transformers_adds(tmp_path, old):
     bpe = trained(PLAIN)
