@@ -5,7 +5,9 @@ E2E (appendix B.2): to four decimals the numbers of the challenge's own script
 (github.com/tuetschek/e2e-metrics): BLEU and NIST as in its module "pymteval", METEOR 1.5, ROUGE-L
 and CIDEr as in Microsoft COCO's caption evaluation, over the tokens of the Stanford tokenizer.
 
-    python eval.py runs/gpt2-medium-e2e-molex-s0        evaluate a finished run again
+    python eval.py                      nano/gpt2 before fine-tuning, ten MRs
+    python eval.py runs/gpt2-medium-e2e-molex-s0 [--beams 4]     a finished run again, or otherwise
+    python eval.py gpt2-medium --task e2e --prompt TEXT          a model's answer to a text
     python eval.py --predictions FILE --references FILE [--json]        score any system's output
 """
 
@@ -14,7 +16,8 @@ import support.interrupts  # noqa: F401, I001  (first: the others take seconds)
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -42,10 +45,11 @@ from lora import adapt, merge, trainable, trained_tensors
 from model import Cache, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
 from support.cli import Parser, progress_bar, command_line, pick_device
-from support.files import InputError, fill, locate
+from support.files import InputError, fill, locate, locked
 from support.runs import RunFolder, is_run
 from support.scoring import clean, meteor, mteval_tokens, ptb_tokenize, read_outputs, sacrebleu
-from support.settings import Settings, read_settings
+from support.settings import Settings, evaluated_again, parse_command, read_settings
+from support.tables import print_scores
 
 Texts = list[str]
 References = list[list[str]]  # one or more for each prediction
@@ -454,27 +458,40 @@ def load_model(
     return model, Tokenizer.load(name, model.config)
 
 
-def evaluate_run(folder: Path, device: torch.device) -> Scores:
+def evaluate_run(folder: Path, device: torch.device, flags: Sequence[str] = ()) -> Scores:
     """Score a run's best epoch on the dev set of GLUE or Alpaca or the test set of E2E. What is
-    found goes to the run's folder (support/runs.py); an unfinished run's to one within it."""
+    found goes to the run's folder (support/runs.py); an unfinished run's, and what other `flags`
+    for decoding or data find, to one within it."""
     model, tokenizer, s = load_run(folder, device)
+    s, again = evaluated_again(s, flags, MoLExConfig, TASKS)
     run = RunFolder(folder, TASKS[s.task].metric)
     log = run.read_log()
     scores = dict(run.best_of(log))
     del scores["curve"]
     scores["trainable"] = trainable(model)
-    # What the evaluation finds.
-    if s.task == "e2e":
-        merge(model)  # elsewhere what was measured in training is measured again to the bit
-    model.cast_frozen()
-    evaluate = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(s.task, evaluate_glue)
-    with run.evaluating(s, data_files(s.task, s.data)) as out:
+    with run.evaluating(s, data_files(s.task, s.data), again) as out:
         scores.update(evaluate(model, tokenizer, s, out))
         if s.task == "alpaca":
-            scores.update({f"{n}_ppl": math.exp(scores[f"{n}_loss"]) for n in ("train", "dev")})
+            scores["train_ppl"] = math.exp(scores["train_loss"])
         shares = model.layers.routes.shares() if isinstance(model.layers, MoLEx) else None
         out.write_scores(scores, log, shares)
     return scores
+
+
+def evaluate_pretrained(s: Settings, device: torch.device, out: Path) -> Scores:
+    """The same of a model before fine-tuning. A new head of GLUE has learned nothing."""
+    with locked(out):
+        return evaluate(*build(replace(s, tune="full"), device), s, RunFolder(out))
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> Scores:
+    """What the evaluation finds; outputs and samples go to `out`."""
+    model.eval()
+    if s.task == "e2e":
+        merge(model)  # elsewhere what was measured in training is measured again to the bit
+    model.cast_frozen()
+    of_task = {"e2e": evaluate_e2e, "alpaca": evaluate_alpaca}.get(s.task, evaluate_glue)
+    return of_task(model, tokenizer, s, out)
 
 
 def evaluate_e2e(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> dict:
@@ -489,19 +506,12 @@ def evaluate_e2e(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Run
 def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> dict:
     """Classify the dev splits."""
     limit = min(s.max_length, model.config.max_positions)
-    names = GLUE[s.task].labels
-    dev, answers, rows, samples = {}, {}, [], []
+    rows, dev, answers = {}, {}, {}  # of each split
     for split in GLUE[s.task].dev:
-        texts_and_labels = read_glue(s.data, s.task, split)[: s.dev_limit]
-        dev[split] = encode_glue(tokenizer, texts_and_labels, limit)
+        rows[split] = read_glue(s.data, s.task, split)[: s.dev_limit]
+        dev[split] = encode_glue(tokenizer, rows[split], limit)
         answers[split] = classify(model, dev[split], s.eval_batch)
-        for i, (texts, label) in enumerate(texts_and_labels):
-            answer = answers[split][i]  # noted beside its label, in the task's own words
-            right, said = (names[int(y)] if names else f"{y:.3f}" for y in (label, answer))
-            rows.append((split, i, right, said))
-            samples.append(("\n".join(texts), said, right))
-    out.write_table(["split", "index", "label", "prediction"], rows)
-    out.write_samples(samples)
+    out.write_answers(rows, answers, GLUE[s.task].labels)
     return glue_scores(s.task, answers, dev)
 
 
@@ -520,7 +530,8 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: 
     out.write_samples(samples)
     if isinstance(model.layers, MoLEx):
         model.layers.routes.counts.zero_()  # the routes to look at are those of the whole dev set
-    return {"dev_loss": dev_loss(model, dev, s.eval_batch)}
+    loss = dev_loss(model, dev, s.eval_batch)
+    return {"dev_loss": loss, "dev_ppl": math.exp(loss)}
 
 
 def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
@@ -534,21 +545,33 @@ def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
 
 
 def main() -> None:
-    parser = Parser(description="Evaluate a run, or score text with the E2E challenge's metrics")
-    parser.add_argument("run", type=Path, nargs="?", help="run folder, to evaluate it again")
+    about = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
+    parser = Parser(description=f"{about}; other flags are train.py's", allow_abbrev=False)
+    parser.add_argument("run", nargs="?", help="a run, or a model before fine-tuning (nano/gpt2)")
+    parser.add_argument("--prompt", metavar="TEXT", help="only answer this")
     parser.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
     parser.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
     parser.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
-    args = parser.parse_args()
-    if args.run:
-        scores = evaluate_run(args.run, pick_device())
-    elif args.predictions and args.references:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    args, flags = parser.parse_known_args()
+    device, task = pick_device(args.device), "e2e"
+    if args.predictions or args.references:
+        if args.run or flags or not (args.predictions and args.references):
+            raise InputError("give --predictions FILE and --references FILE, and nothing else")
         scores = e2e_scores(*read_outputs(args.predictions, args.references))
+    elif args.prompt is not None:
+        print(*generate(*load_model(args.run or "nano/gpt2", device), [args.prompt]))
+        return
+    elif args.run and is_run(locate(args.run)):
+        scores = evaluate_run(locate(args.run), device, flags)
+        task = read_settings(locate(args.run), MoLExConfig).task
     else:
-        raise InputError("give a run folder, or both --predictions FILE and --references FILE")
-    for name, value in scores.items():
-        if isinstance(value, float) and name not in ("train_loss", "seconds_per_step"):
-            print(f"{name:20}{value:8.4f}")
+        flags = ["--model", args.run, *flags] if args.run else ["--test-limit", "10", *flags]
+        given, runs = parse_command(MoLExConfig, TASKS, [*flags, "--no-molex"])
+        task, out = runs[0].task, given.out / f"{runs[0].name}-pretrained"
+        scores = evaluate_pretrained(runs[0], device, out)
+        print((out / "samples.txt").read_text("utf-8"))
+    print_scores(task, scores, TASKS)
     if args.json:
         print(json.dumps(scores))
 

@@ -284,7 +284,7 @@ def read_data(s: Settings, tokenizer: Tokenizer, positions: int) -> tuple[list[E
 
         def fits(mr: str) -> None:
             mrs[mr] = len(encode_prompt(tokenizer, e2e_prompt(mr))) + s.max_new_tokens - 1
-            if mrs[mr] > positions and (s.test_limit is None or len(mrs) <= s.test_limit):
+            if mrs[mr] > positions and len(mrs) <= (s.test_limit or len(mrs)):
                 what = f"the MR and --max-new-tokens {s.max_new_tokens} make {mrs[mr]} tokens"
                 raise InputError(f"{what}, but the model has {positions} positions; shorten either")
 

@@ -70,10 +70,12 @@ class RunFolder:
         return True
 
     def check_files(self, s: Settings, data: Iterable[Path], advice: str) -> None:
-        """Raise InputError unless the files that the run was made of are as they were."""
+        """Raise InputError unless the files that the run was made of are as they were; without
+        `data`, those of its checkpoint."""
         where = self.path / "origin.json"
-        then = files.read_json(where, {"files": (dict,)})
-        if changed := differences(then["files"], hashes(s, data)):
+        then, now = files.read_json(where, {"files": (dict,)}), hashes(s, data)
+        known = {n: h for n, h in then["files"].items() if data or n in now}
+        if changed := differences(known, now):
             what = f"{self.path} was made of another {', '.join(changed)}"
             if then.get("checkpoint") != str(checkpoint_folder(s.model).resolve()):
                 what += f" (the checkpoint was {then.get('checkpoint', 'not noted')})"
@@ -173,10 +175,15 @@ class RunFolder:
     # --- what evaluation finds
 
     @contextmanager
-    def evaluating(self, s: Settings, data: Iterable[Path]) -> Iterator["RunFolder"]:
-        """Where the evaluation goes: this folder, or one within it if the run is unfinished. Raises
-        InputError if the run was made of other files."""
-        self.check_files(s, data, "put that back, or train anew with train.py --fresh")
+    def evaluating(
+        self, s: Settings, data: Iterable[Path], again: str = ""
+    ) -> Iterator["RunFolder"]:
+        """Where the evaluation goes: this folder, or one within it if the run is unfinished, or is
+        evaluated `again` with other settings. Raises InputError if the run was made of another
+        checkpoint or, unless they may be others, other data."""
+        self.check_files(
+            s, () if again else data, "put that back, or train anew with train.py --fresh"
+        )
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:
@@ -184,6 +191,9 @@ class RunFolder:
         if log[-1]["step"] < steps:
             out = RunFolder(self.path / "unfinished", self.metric)
             print(f"{self.path} is unfinished, {log[-1]['step']} of {steps} steps; see {out.path}")
+        if again:
+            out = RunFolder(out.path / again, self.metric)
+            print(f"with other settings than the run's; see {out.path}")
         with files.locked(out.path):
             yield out
 
@@ -191,6 +201,19 @@ class RunFolder:
         """predictions.tsv, a line for each row."""
         lines = ["\t".join(map(str, row)) + "\n" for row in (header, *rows)]
         files.write_text(self.path / "predictions.tsv", "".join(lines))
+
+    def write_answers(self, rows: dict, answers: dict, names: tuple[str, ...]) -> None:
+        """predictions.tsv and samples of a classifier, in the task's own words. Of each split its
+        rows (texts, label) and answers; `names` of the classes, none for a score."""
+        lines, samples = [], []
+        for split, read in rows.items():
+            for i, (texts, label) in enumerate(read):
+                both = (label, answers[split][i])
+                right, said = (names[int(y)] if names else f"{y:.3f}" for y in both)
+                lines.append((split, i, right, said))
+                samples.append(("\n".join(texts), said, right))
+        self.write_table(["split", "index", "label", "prediction"], lines)
+        self.write_samples(samples)
 
     def write_references(self, groups: list[list[str]]) -> None:
         """As the E2E challenge has them: one a line, an empty line between groups."""

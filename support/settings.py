@@ -13,6 +13,7 @@ these count, the later ones more:
 import argparse
 import json
 import math
+import re
 import reprlib
 import tomllib
 from collections.abc import Iterable
@@ -361,6 +362,28 @@ def read_settings(folder: Path, gate: type) -> Settings:
         raise InputError(f"{folder} is not a run with a finished epoch")
     where = folder / "config.json"
     return from_json(Settings, read_json(where), where, molex=gate)
+
+
+def evaluated_again(
+    s: Settings, flags: Iterable[str], gate: type, tasks: Iterable[str]
+) -> tuple[Settings, str]:
+    """A run's settings with what `flags` change of decoding and data, and a name for the change
+    ("": none). Raises InputError for any other flag."""
+    args = make_parser(list(tasks), Settings, gate).parse_args(list(flags))
+    decoding = {*s.search(), "eval_batch", "dev_limit", "test_limit", "precision"}
+    other = {f.name for cls in (Settings, gate) for f in fields(cls)} & vars(args).keys()
+    changes = {name: getattr(args, name) for name in decoding & other}
+    if training := other - decoding - {"model", "task", "data", "seed"}:
+        what = f"--{min(training).replace('_', '-')} is a setting of training"
+        known = ", ".join("--" + name.replace("_", "-") for name in sorted(decoding))
+        raise InputError(f"{what}; a run can be evaluated again with {known}, --data")
+    if args.data:
+        changes["data"] = args.data
+    changes = {name: value for name, value in changes.items() if value != getattr(s, name)}
+    made = replace(s, **changes)
+    check_fields(made, "--")
+    parts = [f"{name}-{value}" for name, value in sorted(changes.items())]
+    return made, re.sub(r"[^\w.]+", "-", "-".join(parts).replace("_", "-"))
 
 
 def source(paths: list[str], gate: type, model: str, mixes: bool) -> tuple[str | None, dict]:

@@ -178,6 +178,18 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
             print("\nNot as in the paper:", *lines, sep="\n  ")
 
 
+def print_scores(task: str, scores: dict[str, float], tasks: Tasks) -> None:
+    """What an evaluation has found, as the tables show it."""
+    forms = dict(shown(task, tasks))
+    main = next(iter(forms))
+    for name in scores:
+        if name.startswith(f"{main}_"):  # MNLI's two dev sets, the perplexity
+            forms[name] = (name.replace(f"{main}_", "  "), 100, 2)
+    for name, (title, factor, digits) in forms.items():
+        if name in scores:
+            print(f"{title:22}{scores[name] * factor:>18.{digits}f}")
+
+
 def report_task(
     papers: Papers, task: str, forms: dict, folders: list[list[RunFolder]], alone: bool
 ) -> list[list[float]]:
