@@ -156,8 +156,7 @@ def fit(
         state["routes"] = model.layers.routes.training_state()
     run.start(s, data_files(s.task, s.data), state, model.device)
     sizes = (trainable(model), sum(p.numel() for p in model.parameters()))
-    where = f"{model.device} in {'bf16' if model.bf16 else 'float32'}"
-    say(opening(s, folder, sizes, counts, (at.step, steps), where))
+    say(opening(s, folder, sizes, counts, (at.step, steps), model.device, model.bf16))
     graphed = graphed_step(model, optimizer, s) if s.cuda_graphs else None
 
     with tqdm(total=steps, initial=at.step, desc=s.name, disable=None if first else True) as bar:
