@@ -1,0 +1,202 @@
+"""What somebody sees who runs this for the first time.
+
+pytest tests/test_newcomer.py
+"""
+
+import re
+from unittest import mock
+
+import pytest
+from conftest import call, run_main
+from test_runs import meteor
+
+import eval as evaluation
+import train
+from data import TASKS, read_e2e
+from molex import MoLExConfig
+from support.settings import parse_command
+
+FLAGS = "--max-steps 3 --train-limit 24 --dev-limit 8 --test-limit 3 --beams 2 --max-new-tokens 8"
+COLA = "--model nano/roberta --task cola --max-steps 2 --train-limit 32 --dev-limit 10"
+
+
+def parsed(*flags: str) -> list:
+    return parse_command(MoLExConfig, TASKS, " ".join(flags).split())[1]
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    monkeypatch.setattr(evaluation, "meteor", meteor)
+
+
+# --------------------------------------------------------------------------- what a run tells
+
+
+def test_a_run_tells_what_it_is(tmp_path, capsys):
+    run_main("--compare", FLAGS, f"--out {tmp_path}")
+    said, bars = capsys.readouterr()
+    name = "nano-gpt2-e2e-molex-s0"
+    assert f"{name}: nano/gpt2 has 2,160,904 parameters, 17,416 are trained" in said
+    assert "e2e from nano/e2e: 24 training examples, 8 of dev" in said
+    assert f"steps 1 to 3 on cpu in float32, written to {tmp_path / name}" in said
+    assert "the rate rises for 50 steps: it never is --lr 0.01" in said
+    assert f"{name}, epoch 1: train loss" in said
+    assert f"{name} says:" in said
+    below = said.partition("seconds per step")[2]
+    for line in ("p: how often chance alone", "the train loss that epochs show is label-smoothed",
+                 "--train-limit: only the first 24 of the train set",
+                 "--test-limit: only the first 3 of the test set"):  # fmt: skip
+        assert below.count(line) == 1
+    assert not bars  # no terminal, no bars
+
+
+def test_an_epoch_that_is_not_whole_is_said(tmp_path, capsys):
+    run_main(COLA, "--max-steps 1", f"--out {tmp_path}")
+    said = capsys.readouterr().out
+    assert "the last epoch is not whole: 1 steps, 2 an epoch" in said
+    run_main(COLA, f"--out {tmp_path / 'whole'}")
+    assert "is not whole" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train_limit", "dev_limit"])
+def test_limits_limit_what_is_read(name):
+    (s,) = parsed("--model nano/roberta --task cola --no-molex", f"--{name.replace('_', '-')} 7")
+    model, tokenizer = train.prepare(s, train.pick_device("cpu"))
+    examples, dev = train.read_data(s, tokenizer, model.config.max_positions)
+    sizes = dict(train_limit=len(examples), dev_limit=len(dev["dev"]))
+    assert sizes == dict(train_limit=1600, dev_limit=300) | {name: 7}
+
+
+def test_a_dev_limit_holds_for_the_evaluation(tmp_path):
+    run_main(COLA, f"--out {tmp_path}")
+    table = tmp_path / "nano-roberta-cola-molex-s0/predictions.tsv"
+    assert len(table.read_text().splitlines()) == 11
+
+
+# -------------------------------------------------------------------- flags that mean nothing
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--no-molex --top-k 2", "--top-k has no effect here: it is MoLEx's"),
+        ("--no-molex --gate-lr 0.1", "--gate-lr has no effect here: it is MoLEx's"),
+        ("--tune full --lora-r 64", "--lora-r has no effect here: --tune full has no LoRA"),
+        ("--model nano/roberta --task mrpc --test-limit 9", "--test-limit has no effect here"),
+        ("--model nano/roberta --task mrpc --beams 9", "--beams has no effect here"),
+        ("--proj-dim 64", "--proj-dim has no effect here: only a cosine gate has a projection"),
+        ("--seeds 0 0", "a seed is given twice: that is one run"),
+        ("--resume", "--resume is not needed: the same command goes on"),
+    ],
+)
+def test_what_means_nothing_is_said(flags, said, capsys):
+    runs = parsed(flags)
+    assert said in capsys.readouterr().out
+    assert len({s.seed for s in runs}) == 1
+
+
+@pytest.mark.parametrize("flags", ["--compare --top-k 2", "--gate cosine --proj-dim 64",
+                                   "--lora-r 8", "--test-limit 9 --beams 3"])  # fmt: skip
+def test_what_means_something_is_not_said(flags, capsys):
+    parsed(flags)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        ("--beam 3", "unrecognized arguments: --beam 3; is --beams meant?"),
+        ("--load-ballance 0", "--load-balance meant?"),
+        ("--zzz", "unrecognized arguments: --zzz$"),
+        ("--beams 5000", "beams cannot be 5000: it is 1 or more, less than 4097"),
+        ("--lr -1", r"lr cannot be -1.0: it is 0 or more$"),
+        ("--model nano/roberta --task mrpc --alpha 0 --learn-alpha", "else: --no-learn-alpha"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_right(flags, error, failure):
+    assert re.search(error, failure(parsed, flags))
+
+
+# ------------------------------------------------------------------------------------- --help
+
+
+def help_of(capsys, flags: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--help", flags)
+    assert stopped.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_has_the_values_that_this_command_would_use(capsys):
+    said = help_of(capsys, "--model nano/roberta --task mrpc")
+    assert "linear warm-up and decay (0.003)" in said and "over all processes (16)" in said
+    said = help_of(capsys, "--model nano/gpt2 --lr 7")
+    assert "linear warm-up and decay (7.0)" in said and "over all processes (8)" in said
+    assert "decoding and evaluation:" in said and "the LoRA:" in said
+    said = help_of(capsys, "--model no/such")
+    assert "linear warm-up and decay (0.0002)" in said  # Table 6's
+    assert "In brackets are the defaults: model 'no/such' is neither a folder" in said
+
+
+# ------------------------------------------------------------------------------------ eval.py
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    with mock.patch.object(evaluation, "meteor", meteor):
+        run_main("--model nano/gpt2", FLAGS, f"--out {out}")
+    return out / "nano-gpt2-e2e-molex-s0"
+
+
+def test_a_run_is_decoded_again_into_a_folder_of_its_own(run, capsys):
+    before = {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()}
+    call(evaluation, run, "--beams", "1", "--test-limit", "2")
+    said = capsys.readouterr().out
+    again = run / "beams-1-test-limit-2"
+    assert f"with other settings than the run's; see {again}" in said and "BLEU" in said
+    assert len((again / "predictions.tsv").read_text().splitlines()) == 3
+    assert {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()} == before
+
+
+def test_a_run_is_not_evaluated_with_other_settings_of_training(run, failure):
+    error = failure(call, evaluation, run, "--lr", "1")
+    assert "--lr is a setting of training; a run can be evaluated again with --beam-rule" in error
+
+
+def test_a_run_with_other_data(run, tmp_path, capsys):
+    splits = {"trainset.csv": "train", "devset.csv": "dev", "testset_w_refs.csv": "dev"}
+    for name, split in splits.items():
+        lines = [f'"{mr}","{ref}"' for mr, ref in read_e2e("nano/e2e", split)[:9]]
+        (tmp_path / name).write_text("\n".join(["mr,ref", *lines]) + "\n")
+    call(evaluation, run, "--data", tmp_path)
+    assert "with other settings than the run's" in capsys.readouterr().out
+
+
+def test_a_model_before_fine_tuning(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    call(evaluation, "nano/gpt2", "--test-limit", "2", "--max-new-tokens", "6", "--beams", "2")
+    said = capsys.readouterr().out
+    assert "output:" in said and "BLEU" in said
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len((folder / "predictions.tsv").read_text().splitlines()) == 3
+    call(evaluation, "nano/roberta", "--task", "cola", "--dev-limit", "12")
+    assert "CoLA matthews" in capsys.readouterr().out
+
+
+def test_an_answer_to_a_text(run, capsys):
+    call(evaluation, run, "--prompt", "name : Ember Hall | food : Thai")
+    assert len(capsys.readouterr().out.split()) > 2
+
+
+def test_scores_are_in_the_units_of_the_table(run, capsys):
+    call(evaluation, run)
+    said = capsys.readouterr().out.split()
+    scores = evaluation.RunFolder(run).read_scores(["bleu"])
+    assert said[said.index("BLEU") + 1] == f"{100 * scores['bleu']:.2f}"
+
+
+@pytest.mark.parametrize("flags", [["--predictions", "x"], ["run", "--predictions", "x",
+                                   "--references", "y"]])  # fmt: skip
+def test_outputs_are_scored_alone(flags, failure):
+    assert "and nothing else" in failure(call, evaluation, *flags)
