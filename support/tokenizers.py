@@ -238,7 +238,7 @@ class BytePairs:
         added = [AddedToken(**{n: v for n, v in t.items() if n in names}) for t in added]
         ids = [*self.vocab.values()]
         check_ids(added, self.vocab)
-        self.forms = normal_forms(spec.get("normalizer"))
+        self.composes = composes(spec.get("normalizer"))
         as_written, normalized = {}, {}
         token_of = {i: symbol for symbol, i in self.vocab.items()}
         hidden = set()
@@ -268,9 +268,7 @@ class BytePairs:
         self.word_ids = lru_cache(2**16)(self._word_ids)
 
     def normalize(self, text: str) -> str:
-        for form in self.forms:
-            text = unicodedata.normalize(form, text)
-        return text
+        return unicodedata.normalize("NFC", text) if self.composes else text
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Half a surrogate pair counts as U+FFFD."""
@@ -367,13 +365,14 @@ def check_ids(added: list[AddedToken], vocab: dict[str, int]) -> None:
         free = max(free, token.id + 1)
 
 
-def normal_forms(normalizer: dict | None) -> list[str]:
-    """The Unicode normal forms that a normalizer makes, one after another. Raises InputError."""
-    forms = [step["type"] for step in flatten(normalizer, "normalizers")]
-    for form in forms:
-        if form not in ("NFC", "NFD", "NFKC", "NFKD"):
-            raise InputError(f"normalizer {form} is not supported; use NFC, NFD, NFKC or NFKD")
-    return forms
+def composes(normalizer: dict | None) -> bool:
+    """Whether a normalizer makes the normal form NFC. Raises InputError for any other: of NFD, NFKC
+    and NFKD Python knows characters that `tokenizers` does not."""
+    kinds = [step["type"] for step in flatten(normalizer, "normalizers")]
+    for kind in kinds:
+        if kind != "NFC":
+            raise InputError(f"normalizer {kind} is not supported; use NFC")
+    return bool(kinds)
 
 
 def leading_ids(post_processor: dict | None) -> list[int]:
