@@ -108,10 +108,9 @@ def read_e2e(
         url = E2E_HUB + E2E_FILES[split]
         table = from_hub("the E2E data", "DIR", "csv", data_files=url, split="train")
         rows = [(f"{url}, row {i}", row) for i, row in enumerate(table, start=1)]
-    elif is_tokenized(folder):
-        rows = read_table(e2e_file(folder, split), ["mr", "ref"], "||", header=("mr", "ref"))
     else:
-        rows = read_table(e2e_file(folder, split), ["mr", "ref"])
+        form = dict(delimiter="||", header=("mr", "ref")) if is_tokenized(folder) else {}
+        rows = read_table(e2e_file(folder, split), ["mr", "ref"], **form)
     pairs = []  # each has a reference, and an MR that can be read
     for where, row in rows:
         if not row["ref"].strip():

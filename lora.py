@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ClassificationHead, Transformer
-from support.adapters import GATE, read_loralib, read_peft, write_peft
+from support.adapters import GATE, read_peft, write_peft
 from support.files import InputError, fill
 
 
@@ -127,26 +127,25 @@ def load_lora(model: Transformer, folder: Path) -> Transformer:
     return model
 
 
-def load_loralib(model: Transformer, file: Path) -> None:
-    """Fill a RoBERTa's LoRA from a .bin file of the LoRA paper's own code."""
-    tensors = read_loralib(file, model.config.family)
-    fill(adapters(model), tensors, f"{file} {OTHER_SHAPE}")
-
-
 if __name__ == "__main__":
-    from model import load
+    from data import Tokenizer
+    from model import Config, load
 
+    tokenizer = Tokenizer.load("nano/gpt2", Config.load("nano/gpt2"))
     model = load("nano/gpt2")
-    ids = torch.arange(100, 116)[None]
+    text = "Ember Hall is a Thai restaurant by the river."
+    ids = torch.tensor([tokenizer.encode(text)])
     plain = model(ids)
     trained = adapters(add_lora(model, r=4, alpha=32))
-    count = sum(p.numel() for p in trained.values())
-    print(f"{count:,} parameters are trained")
+    print(f"{trainable(model):,} parameters are trained to say: {text}")
     print("with B = 0 nothing has changed:", torch.equal(model(ids), plain))
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    for step in range(10):
-        loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
-        print(f"step {step}: loss {loss.item():.3f}")
+    for step in range(31):
+        logits = model(ids)
+        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+        if step % 10 == 0:
+            says = tokenizer.decode(logits[0, :-1].argmax(-1).tolist())
+            print(f"step {step:2}: loss {loss.item():.3f}, the likeliest next tokens:{says}")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

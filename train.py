@@ -44,9 +44,10 @@ from data import (
     shuffled_batches,
 )
 from eval import Splits, build, dev_scores, evaluate_run, read_run
-from lora import load_loralib, task_head, trainable, trained_tensors
+from lora import OTHER_SHAPE, adapters, task_head, trainable, trained_tensors
 from model import Transformer
 from molex import MoLEx, MoLExConfig
+from support.adapters import read_loralib
 from support.cli import command_line, pick_device
 from support.cuda import GraphedStep, check_graphs
 from support.files import InputError, fill, locked, signals_wait
@@ -155,8 +156,7 @@ def fit(
     if s.molex:
         state["routes"] = model.layers.routes.training_state()
     run.start(s, data_files(s.task, s.data), state, model.device)
-    sizes = (trainable(model), sum(p.numel() for p in model.parameters()))
-    say(opening(s, folder, sizes, counts, (at.step, steps), model.device, model.bf16))
+    say(opening(s, folder, model, trainable(model), counts, (at.step, steps)))
     graphed = graphed_step(model, optimizer, s) if s.cuda_graphs else None
 
     with tqdm(total=steps, initial=at.step, desc=s.name, disable=None if first else True) as bar:
@@ -260,7 +260,8 @@ def start_from(model: Transformer, path: Path) -> str:
     """Take over what a finished run has trained, except its head (Table 9), or the LoRA of a .bin
     file; says what it took. The gate and its alpha are taken if they have the same shapes."""
     if path.is_file():
-        load_loralib(model, path)
+        tensors = read_loralib(path, model.config.family)
+        fill(adapters(model), tensors, f"{path} {OTHER_SHAPE}")
         return "its LoRA"
     head = task_head(model)
     ours = {n: p for n, p in trained_tensors(model).items() if n not in head}

@@ -10,7 +10,8 @@ from support.files import write_atomic
 
 def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
     """Heat maps of which layer (y) was chosen in which slot (x), as in Figure 2: white never, black
-    always; a panel for each name and its `RouteLog.shares`, at most four in a row."""
+    always; a panel for each name and its `RouteLog.shares`, at most four in a row. Every chosen
+    layer has a tick."""
     from matplotlib.figure import Figure  # slow to import
 
     wide = min(4, len(runs))
@@ -28,13 +29,22 @@ def plot_routes(runs: dict[str, Tensor], path: Path) -> None:
             panel.axhline(third - 0.5, color="tab:blue", linewidth=0.5)
             panel.axvline(third - 0.5, color="tab:blue", linewidth=0.5)
         panel.set(xlabel="slot t", ylabel="layer chosen by the gate")
-        panel.set(xticks=range(0, T, 2), yticks=range(0, T, 2))
+        chosen = [j for j in range(T) if shares[:, j].sum() > 0]
+        panel.set(xticks=range(0, T, 2), yticks=chosen if len(chosen) <= 16 else range(0, T, 2))
         panel.set_title(name.replace("/", "\n"), fontsize=8)
     figure.colorbar(image, ax=axes, label="% of sequences")
+    caption = "red: a slot's own layer; blue: thirds of the stack, as in Figure 2 of the paper"
+    figure.supxlabel(caption if wide > 1 else caption.replace("; ", "\n"), fontsize=7)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 GATE_LINES = dict(changed="-", own="--", affinity=":", alpha="-.")
+GATE_WORDS = dict(
+    changed="slots with another layer than a batch ago",
+    own="slots with their own layer",
+    affinity="mean affinity of the chosen layer",
+    alpha="alpha",
+)
 
 
 def plot_curves(runs: list[tuple[str, list[dict]]], metric: str, path: Path) -> None:
@@ -45,6 +55,9 @@ def plot_curves(runs: list[tuple[str, list[dict]]], metric: str, path: Path) -> 
     gated = any("alpha" in point for _, log in runs for point in log[0]["curve"])
     figure = Figure(figsize=(16 if gated else 8, 3.2), layout="constrained")
     axes = figure.subplots(1, 4 if gated else 2)
+    points = [point for _, log in runs for entry in log for point in entry["curve"]]
+    fixed = len({point["alpha"] for point in points if "alpha" in point}) < 2
+    lines = {name: line for name, line in GATE_LINES.items() if not (fixed and name == "alpha")}
     colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for label, log in runs:
         style = dict(color=colours[label], linewidth=1)
@@ -55,16 +68,21 @@ def plot_curves(runs: list[tuple[str, list[dict]]], metric: str, path: Path) -> 
         points = [p for entry in log for p in entry["curve"] if "alpha" in p]
         if points:
             steps = [p["step"] for p in points]
-            for name, line in GATE_LINES.items():
+            for name, line in lines.items():
                 axes[2].plot(steps, [p[name] for p in points], line, **style)
             axes[3].plot(steps, [p["balance"] for p in points], "-", **style)
     for label, colour in colours.items():
         axes[0].plot([], [], color=colour, label=label)
     if gated:
-        for name, line in GATE_LINES.items():
-            axes[2].plot([], [], line, color="black", label=name)
-        axes[2].legend(fontsize=7)
-    titles = ["training loss", f"dev {metric.removeprefix('dev_')}", "gate", "load-balance loss"]
+        for name, line in lines.items():
+            axes[2].plot([], [], line, color="black", label=GATE_WORDS[name])
+        axes[2].legend(fontsize=6)
+    titles = [
+        "training loss",
+        f"dev {metric.removeprefix('dev_')}",
+        "gate",
+        "load-balance loss",
+    ]
     for panel, title in zip(axes, titles, strict=False):
         panel.set(xlabel="step", title=title)
     axes[0].legend(fontsize=7)

@@ -75,20 +75,20 @@ def departures(runs: list[Settings], out: Path, tasks: Tasks) -> list[str]:
 def opening(
     s: Settings,
     folder: Path,
-    sizes: tuple[int, int],
+    model: Any,
+    trained: int,
     counts: dict[str, int],
     steps: tuple[int, int],
-    device: object,
-    bf16: bool,
 ) -> str:
-    """What a run tells when it begins, or goes on. `sizes`: how many parameters are trained (but
-    for a head), and all; `counts`: examples of each split; `steps`: done and all."""
-    (trained, parameters), (done, end) = sizes, steps
-    data, precision = s.data or "the hub", "bf16" if bf16 else "float32"
+    """What a run tells when it begins, or goes on. `model`: a Transformer; `trained`: how many of
+    its parameters are, but for a head; `counts`: examples of each split; `steps`: done and all."""
+    done, end = steps
+    parameters = sum(p.numel() for p in model.parameters())
+    data, precision = s.data or "the hub", "bf16" if model.bf16 else "float32"
     lines = [
         f"{s.name}: {s.model} has {parameters:,} parameters, {trained:,} are trained (but a head)",
         f"  {s.task} from {data}: {counts['train']:,} training examples, {counts['dev']:,} of dev",
-        f"  steps {done + 1:,} to {end:,} on {device} in {precision}, written to {folder}",
+        f"  steps {done + 1:,} to {end:,} on {model.device} in {precision}, written to {folder}",
     ]
     if s.warm_steps(end) >= end:
         lines.append(f"  the rate rises for {s.warm_steps(end):g} steps: it never is --lr {s.lr:g}")

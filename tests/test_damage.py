@@ -34,7 +34,7 @@ from tokenizers.processors import TemplateProcessing
 import eval as evaluation
 import train
 from data import TASKS, Tokenizer, encode_glue, encode_pairs, read_alpaca, read_e2e, read_glue
-from lora import add_lora, load_lora, load_loralib, save_lora
+from lora import add_lora, load_lora, save_lora
 from model import Config, load
 from molex import MoLExConfig
 from support.files import InputError
@@ -268,7 +268,7 @@ def use_lora(root: Path, name: str) -> None:
 
 def use_loralib(root: Path) -> None:
     model = add_lora(load(root / "roberta"), 2, 16)
-    load_loralib(model, root / "lora.bin")
+    train.start_from(model, root / "lora.bin")
     model(IDS)
 
 
