@@ -220,6 +220,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder.resolve()
     file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
     lock = portalocker.TemporaryFileLock(file, timeout=0)
+    new = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         print(os.getpid(), file=lock.acquire(), flush=True)
@@ -233,9 +234,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # what has something in it stays
             path.rmdir()
         lock.release()
+        with suppress(OSError):
+            for parent in new[1:]:
+                parent.rmdir()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -156,12 +156,6 @@ class RunFolder:
                     files.check(point, dict.fromkeys((*GATE_LINES, "balance"), NUMBER), where)
         return log
 
-    def read_log_end(self) -> dict:
-        """The last epoch's entry. Raises InputError."""
-        where = self.path / "metrics.jsonl"
-        log = files.parse_json(files.read_text(where), where, lines=True)
-        return files.check(log[-1], {"step": COUNT}, where)
-
     def best_of(self, log: list[dict]) -> dict:
         """The epoch whose dev set fared best, the first of equals."""
         if self.metric == "dev_loss":

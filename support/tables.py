@@ -110,11 +110,12 @@ def remarks(runs: list[Settings], out: Path, p: bool) -> list[str]:
             part = name.partition("_")[0]
             lines.append(f"--{part}-limit: only the first {max(limits)} of the {part} set")
     for s in runs:
-        last = RunFolder(out / s.name).read_log_end()
-        examples = last.get("examples", {}).get("train")
-        per_epoch = math.ceil(examples / s.batch_size) if examples else 1
-        if last["step"] % per_epoch:
-            lines.append(f"the last epoch is not whole: {last['step']} steps, {per_epoch} an epoch")
+        scores = RunFolder(out / s.name).read_scores(())
+        examples = scores.get("examples", {}).get("train")
+        if s.max_steps and examples and s.max_steps % math.ceil(examples / s.batch_size):
+            per_epoch = math.ceil(examples / s.batch_size)
+            if s.max_steps < s.epochs * per_epoch:
+                lines.append(f"--max-steps: {s.max_steps} steps; {per_epoch} are an epoch")
     return list(dict.fromkeys(lines))
 
 

@@ -53,9 +53,9 @@ def test_a_run_tells_what_it_is(tmp_path, capsys):
 def test_an_epoch_that_is_not_whole_is_said(tmp_path, capsys):
     run_main(COLA, "--max-steps 1", f"--out {tmp_path}")
     said = capsys.readouterr().out
-    assert "the last epoch is not whole: 1 steps, 2 an epoch" in said
+    assert "--max-steps: 1 steps; 2 are an epoch" in said
     run_main(COLA, f"--out {tmp_path / 'whole'}")
-    assert "is not whole" not in capsys.readouterr().out
+    assert "are an epoch" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["train_limit", "dev_limit"])

@@ -102,7 +102,7 @@ def test_paper_numbers():
     [
         (["--task", "qqp"], r".*QQP/train.tsv is missing; .*"),
         (["--task", "stsb"], r".*invalid choice: 'stsb'.*"),
-        (["--epochs", "0"], r"--epochs cannot be 0"),
+        (["--epochs", "0"], r"--epochs cannot be 0: it is 1 or more"),
         (["--model", "nowhere/at-all"], r"model 'nowhere/at-all' is neither .*"),
     ],
 )
