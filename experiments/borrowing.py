@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--data", default="nano/e2e", help="folder of its files (nano/e2e)")
     parser.add_argument("--texts", type=at_least(1), default=64, help="how many (64)")
     parser.add_argument("--out", type=Path, default=Path("runs/borrowing"), help="for the picture")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
     gates = {}
     for folder in args.runs:
@@ -74,7 +75,7 @@ def main() -> None:
             raise InputError(f"{folder} is no run of {args.model} with MoLEx")
         gate = {n: w for n, w in tensors.items() if n.startswith(GATE)}
         gates["/".join(folder.parts[-2:])] = config.molex, gate
-    model, tokenizer = load_model(args.model, pick_device())
+    model, tokenizer = load_model(args.model, pick_device(args.device))
     if model.config.family == "roberta":
         raise InputError(f"{args.model} is an encoder; take a decoder such as gpt2-medium")
     if args.task == "e2e":

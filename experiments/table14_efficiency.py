@@ -147,10 +147,11 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=at_least(1), default=20, help="timed passes of each method"
     )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    device, model = pick_device(), load(args.model)
+    device, model = pick_device(args.device), load(args.model)
     config, T = model.config, model.config.n_layer
     lora = count(config, args.tokens, None)  # first: it says so if there are too many tokens
     llama = Config(**our_config(LLAMA))

@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--size", type=at_least(20), help=what)
     what = "without --senteval: where the tasks go"
     parser.add_argument("--out", type=Path, default=Path("runs/table7"), help=what)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
     if not args.senteval:
         texts = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
@@ -163,7 +164,7 @@ def main() -> None:
     names = [name for name in FILES if name in (args.tasks or present)]
     tasks = {name: read_senteval(folder, name, args.size) for name in names}
 
-    device = pick_device()
+    device = pick_device(args.device)
     model, tokenizer = load_model(args.model, device, head="none")
     table, chance = {}, []
     for name, task in tasks.items():

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0"], help="one run for each (0)")
     parser.add_argument("--epochs", help="passes over the training set (default: Table 5's)")
     parser.add_argument("--out", type=Path, default=Path("runs/table8"), help="where runs go")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
     given = [] if args.model else SMALL
     for name in ("model", "data", "epochs"):
@@ -74,7 +75,7 @@ def main() -> None:
         for task in args.task:
             flags = ["--task", task, "--top-k", str(k), "--seeds", *args.seeds]
             for s in train.parse([*given, *flags])[1]:
-                folder = train.run(s, args.out / f"top-{k}", False, pick_device())
+                folder = train.run(s, args.out / f"top-{k}", False, pick_device(args.device))
                 for metric, value in scores(folder, task).items():
                     found[task, metric].append(value)
     columns = [*table[1]]

@@ -363,7 +363,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(files, tmp_path, name, re
                 failures.append(f"{kind} {i}: a message like {str(error)[:2000]!r}")
         except Exception as error:
             failures.append(f"{kind} {i}: {type(error).__name__}: {str(error)[:200]}")
-        if (took := time.perf_counter() - started) > 10:
+        if (took := time.perf_counter() - started) > 60:
             failures.append(f"{kind} {i}: took {took:.0f} s")
     for kind in kinds:
         print(
