@@ -215,7 +215,11 @@ def report_task(
         if key == "trainable":  # alike in all seeds
             values = [group[:1] for group in values]
         text = row(papers, (task, key), values, form)
-        if key == "bleu" and len(folders) == 2:
+        runs = [folder for group in folders for folder in group]
+        older = [run.path for run in runs if not (run.path / "references.txt").exists()]
+        if key == "bleu" and len(folders) == 2 and older:
+            text += f"   p: first python eval.py {older[0]}"
+        elif key == "bleu" and len(folders) == 2:
             text += f"   p = {', '.join(p_value(*pair) for pair in zip(*folders, strict=True))}"
         print(text)
     return [[run[main] for run in group] for group in scores]
