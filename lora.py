@@ -109,7 +109,7 @@ def adapters(model: Transformer, names: Container = ()) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if n.endswith((".A", ".B")) or n in names}
 
 
-OTHER_SHAPE = "was made for a model of another shape, rank or head: it"
+OTHER_SHAPE = "was made for a model of another shape or rank, or head: it"
 
 
 def save_lora(model: Transformer, folder: Path, base: str = "") -> None:

@@ -297,8 +297,11 @@ def test_a_plain_lora_leaves_the_head_of_a_classifier(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "head, message",
     [
-        ("none", "another shape, rank or head.* has unknown 4 tensor.*: head.dense.bias"),
-        (2, r"another shape, rank or head.* has misshapen 2 tensor.*: head.out.bias \(3,\), not"),
+        ("none", "another shape or rank, or head.* has unknown 4 tensor.*: head.dense.bias"),
+        (
+            2,
+            r"another shape or rank, or head.* has misshapen 2 tensor.*: head.out.bias \(3,\), not",
+        ),
     ],
 )
 def test_a_head_that_the_model_does_not_have(checkpoint, tmp_path, head, message):

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import train
-from data import GLUE
+from data import GLUE, data_files
 from eval import build, evaluate_run
 from experiments import figure2_routes as figure2
 from lora import trained_tensors
 from molex import MoLEx
 from support.files import locate
 from support.pictures import plot_routes
+from support.runs import origin
 
 CPU = torch.device("cpu")
 RUNS = {
@@ -45,6 +46,7 @@ def make_run(folder: Path, *flags: str) -> Path:
                 gate.weight.normal_()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(s)))
+    (folder / "origin.json").write_text(json.dumps(origin(s, data_files(s.task, s.data))))
     save_file(
         {n: p.detach() for n, p in trained_tensors(model).items()}, folder / "adapter.safetensors"
     )

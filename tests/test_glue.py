@@ -657,9 +657,9 @@ def test_evaluating_again_gives_the_same(mnli, tmp_path, capsys):
     call(evaluation, folder)
     assert (folder / "scores.json").read_text() == before and (folder / "routes.png").exists()
     scores = json.loads(before)
-    names = ["accuracy", "accuracy_matched", "accuracy_mismatched"]
+    titles = {"MNLI accuracy": "", "matched": "_matched", "mismatched": "_mismatched"}
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table == [[name, f"{scores[name]:.4f}"] for name in names]
+    assert table == [[*t.split(), f"{100 * scores['accuracy' + n]:.2f}"] for t, n in titles.items()]
 
 
 def test_training_and_evaluation_see_the_same_batches(roberta, glue, tmp_path, monkeypatch):

@@ -610,8 +610,10 @@ def test_command_line_scores(files):
         ["First output.", "Second output."],
         [["One output.", "One more."], ["Two."]],
     )
-    names = ["bleu", "nist", "meteor", "rouge_l", "cider"]
-    assert [line.split() for line in table] == [[n, f"{scores[n.lower()]:.4f}"] for n in names]
+    shown = {"BLEU": f"{100 * scores['bleu']:.2f}", "NIST": f"{scores['nist']:.3f}"}
+    shown |= {"METEOR": f"{100 * scores['meteor']:.2f}", "CIDEr": f"{scores['cider']:.3f}"}
+    shown["ROUGE-L"] = f"{100 * scores['rouge_l']:.2f}"
+    assert dict(line.split() for line in table) == shown
     assert 0 < scores.pop("meteor") < 0.5
     expected = {f.__name__: f(predictions, references) for f in (bleu, nist, rouge_l, cider)}
     assert scores == pytest.approx(expected)

@@ -158,6 +158,7 @@ def test_every_setting_has_a_flag():
         label_smoothing=0.5, dropout=0.5, max_length=99, lora_r=2, lora_alpha=3.0,
         lora_dropout=0.5, gate_lr=0.5, gate_weight_decay=0.5, load_balance=0.5, beams=3,
         length_penalty=0.5, no_repeat_ngram=2, max_new_tokens=9, eval_batch=3, test_limit=4,
+        train_limit=6, dev_limit=7,
         tune="full", clip=0.5, adam_eps=0.5, beam_rule="lora", precision="bf16",
     )  # fmt: skip
     on = dict(cuda_graphs=True)
@@ -441,7 +442,7 @@ def test_a_finished_run_is_kept_and_a_changed_one_refused(compared, capsys):
 def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kills, molex):
     """Killed within an epoch and at its end, with dropout; 5 steps an epoch: none is lost or
     doubled."""
-    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:40])
+    monkeypatch.setattr("data.read_e2e", lambda data, split, *_: read_e2e(data, split)[:40])
     s = settings("--max-steps 13 --learn-alpha", molex)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(s, whole, CPU)
@@ -460,7 +461,7 @@ def test_a_killed_run_resumes_bit_for_bit(monkeypatch, tmp_path, train_with_kill
 @pytest.mark.parametrize("name", ["adapter.safetensors", "metrics.jsonl", "last.pt"])
 def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
     """Whichever file of the last epoch is the first not to be written, the next start makes up."""
-    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    monkeypatch.setattr("data.read_e2e", lambda data, split, *_: read_e2e(data, split)[:16])
     s, rename = settings("--epochs 1"), os.replace
 
     def dies(source, target):
@@ -479,8 +480,8 @@ def test_a_kill_between_two_files_loses_nothing(monkeypatch, tmp_path, name):
 
 def test_training_and_decoding_see_the_same_prompts(monkeypatch, tmp_path):
     """The prompt under which an answer is learned is the one under which it is asked for."""
-    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, "train")[:8])
-    monkeypatch.setattr(evaluation, "read_e2e", lambda data, split: read_e2e(data, "train")[:8])
+    monkeypatch.setattr("data.read_e2e", lambda data, split, *_: read_e2e(data, "train")[:8])
+    monkeypatch.setattr(evaluation, "read_e2e", lambda data, split, *_: read_e2e(data, "train")[:8])
     learned, asked = set(), set()
     step, search = train.train_step, evaluation.beam_search
     monkeypatch.setattr(
@@ -560,7 +561,7 @@ def test_a_log_whose_curve_is_damaged_is_refused(tmp_path, point):
 
 
 def test_the_best_epoch_by_dev_loss_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr("data.read_e2e", lambda data, split: read_e2e(data, split)[:16])
+    monkeypatch.setattr("data.read_e2e", lambda data, split, *_: read_e2e(data, split)[:16])
     losses, seen = iter([2.0, 1.0, 1.5]), []
 
     def dev_loss(model, *_):
@@ -679,7 +680,9 @@ class Killed(BaseException):
 def short(monkeypatch):
     """Two steps an epoch, and no METEOR."""
     for module in ("data", "train", "eval"):
-        monkeypatch.setattr(f"{module}.read_e2e", lambda data, split: read_e2e(data, split)[:16])
+        monkeypatch.setattr(
+            f"{module}.read_e2e", lambda data, split, *_: read_e2e(data, split)[:16]
+        )
     names = ("bleu", "nist", "meteor", "rouge_l", "cider")
     monkeypatch.setattr(evaluation, "e2e_scores", lambda *_: dict.fromkeys(names, 0.5))
 
@@ -717,7 +720,7 @@ def test_an_unfinished_run_is_scored_but_not_marked(short, monkeypatch, tmp_path
     before = sorted(folder.iterdir())
     call(evaluation, folder)
     said = capsys.readouterr().out
-    assert "unfinished, 2 of 6 steps" in said and "bleu" in said
+    assert "unfinished, 2 of 6 steps" in said and "BLEU" in said
     assert sorted(folder.iterdir()) == sorted([*before, folder / "unfinished"])
     run_main(command(tmp_path))
     assert "resumed" in capsys.readouterr().out
