@@ -4,7 +4,8 @@ A setting is a dataclass field with its help and limits (`setting`); each become
 those of a run (`Settings`) and those of the gate (molex.MoLExConfig). Where a flag is not given,
 these count, the later ones more:
 
-    1. the field's default: Table 6, for GPT-2 medium on E2E
+    1. the field's default: Table 6, for GPT-2 medium on E2E; on E2E the first 12 slots mix, as
+       there, and in GLUE the dropout is the checkpoint's own
     2. what paper.toml has for the task and the model's shape: Table 5, or the embedded models'
     3. what paper.toml has for --tune
     4. what is trained, rank and alpha of the run that --init-from names
