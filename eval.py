@@ -11,8 +11,9 @@ and CIDEr as in Microsoft COCO's caption evaluation, over the tokens of the Stan
     python eval.py --predictions FILE --references FILE [--json]        score any system's output
 """
 
-import support.interrupts  # noqa: F401, I001  (first: the others take seconds)
+import support.interrupts  # noqa: F401  (first: the others take seconds)
 
+# isort: split
 import json
 import math
 from collections import Counter
@@ -44,7 +45,7 @@ from data import (
 from lora import adapt, merge, trainable, trained_tensors
 from model import Cache, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
-from support.cli import Parser, progress_bar, command_line, pick_device
+from support.cli import Parser, command_line, pick_device, progress_bar
 from support.files import InputError, fill, locate, locked
 from support.runs import RunFolder, is_run
 from support.scoring import clean, meteor, mteval_tokens, ptb_tokenize, read_outputs, sacrebleu

@@ -12,8 +12,9 @@ A run is a folder, runs/<model>-<task>-<method>-s<seed>/ (support/runs.py). The 
 resumes a run that was stopped, and keeps a finished one.
 """
 
-import support.interrupts  # noqa: F401, I001  (first: the others take seconds)
+import support.interrupts  # noqa: F401  (first: the others take seconds)
 
+# isort: split
 import argparse
 import math
 import time

@@ -110,7 +110,10 @@ def test_what_means_something_is_not_said(flags, capsys):
         ("--zzz", "unrecognized arguments: --zzz$"),
         ("--beams 5000", "beams cannot be 5000: it is 1 or more, less than 4097"),
         ("--lr -1", r"lr cannot be -1.0: it is 0 or more$"),
-        ("--model nano/roberta --task mrpc --alpha 0 --learn-alpha", r"\(--no-learn-alpha\)"),
+        (
+            "--model nano/roberta --task mrpc --alpha 0 --learn-alpha",
+            r"not between 0 and 1 \(fix it: --no-learn-alpha\)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_right(flags, error, failure):
