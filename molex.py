@@ -125,9 +125,7 @@ class MoLExConfig:
             span = f"{self.layers[0]}-{self.layers[-1]}"
             raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")
         if self.alpha > 1 or (self.learn_alpha and self.alpha in (0, 1)):
-            raise InputError(
-                f"alpha is {self.alpha}, not between 0 and 1 (fix it: --no-learn-alpha)"
-            )
+            raise InputError(f"alpha is {self.alpha}, not between 0 and 1 (or --no-learn-alpha)")
         if self.on_device and self.route != "batch":
             raise InputError("--on-device needs one choice for the batch, not --route sequence")
 

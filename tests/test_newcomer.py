@@ -112,7 +112,7 @@ def test_what_means_something_is_not_said(flags, capsys):
         ("--lr -1", r"lr cannot be -1.0: it is 0 or more$"),
         (
             "--model nano/roberta --task mrpc --alpha 0 --learn-alpha",
-            r"not between 0 and 1 \(fix it: --no-learn-alpha\)",
+            r"0 and 1 \(or --no-learn-alpha\)",
         ),
     ],
 )
