@@ -66,7 +66,7 @@ def thirds(shares: Tensor) -> tuple[list[float], float]:
 def main() -> None:
     about = "Figure 2: heat maps of the routes of runs, side by side"
     what = "finished runs with MoLEx (default: train nano/roberta on CoLA and on MRPC)"
-    args = runs_parser(about, what, "runs/figure2").parse_args()
+    args = runs_parser(about, what, "runs/figure2", draws=True).parse_args()
     found = {folder: read_routes(folder) for folder in finished_runs(args, *SMALL)}
 
     heads = ("early", "middle", "later", "own")

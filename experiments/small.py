@@ -7,11 +7,13 @@ import train
 from support.cli import Parser, pick_device
 
 
-def runs_parser(about: str, runs: str, out: str) -> Parser:
-    """RUN, of which the help says `runs`; --out, by default `out`; --device."""
+def runs_parser(about: str, runs: str, out: str, draws: bool = False) -> Parser:
+    """RUN, of which the help says `runs`; --out, by default `out`; --device. `draws`: --out is for
+    a picture, too."""
     parser = Parser(description=about)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=runs)
-    what = "where a picture goes and, without RUN, what is trained (%(default)s)"
+    picture = "the picture goes and, " if draws else ""
+    what = f"where {picture}without RUN, what is trained (%(default)s)"
     parser.add_argument("--out", type=Path, default=Path(out), help=what)
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     return parser

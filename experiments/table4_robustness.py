@@ -118,7 +118,7 @@ def plot(results: dict[str, dict[str, Scores]], path: Path) -> None:
 def main() -> None:
     about = "Table 4: accuracy of runs under noise on the input embeddings"
     what = "finished runs (default: train nano/roberta on CoLA)"
-    parser = runs_parser(about, what, "runs/table4")
+    parser = runs_parser(about, what, "runs/table4", draws=True)
     sizes, what = [0, 0.25, 0.5, 0.75, 1, 1.5], "of the noise, relative to the embedding (0 to 1.5)"
     parser.add_argument("--sizes", type=float, nargs="+", default=sizes, help=what)
     parser.add_argument(
