@@ -1,4 +1,4 @@
-"""Each of the six but train.py, which trains, shows on nano what it is, in a few lines and seconds."""
+"""Each of the six but train.py shows on nano what it is, in a few lines and seconds."""
 
 import subprocess
 import sys
