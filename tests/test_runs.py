@@ -99,7 +99,7 @@ def test_a_run_in_use_is_told_before_its_data_are_read(home, failure):
     with locked(home / "runs/model-e2e-lora-s0"):
         assert "is in use by process" in failure(run_main, FLAGS)
     assert "malformed MR" in failure(run_main, FLAGS)
-    assert not [*(home / "runs").iterdir()]  # and nothing is left of it
+    assert not (home / "runs").exists()  # nothing is left of it
 
 
 def test_a_folder_with_something_in_it_stays(tmp_path):
@@ -152,7 +152,7 @@ def test_five_times_ctrl_c_is_one_line(home, delay):
 def test_who_imports_a_script_keeps_their_own_handlers():
     code = "import signal, train; print(signal.getsignal(signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "default_int_handler" in done.stdout
+    assert done.returncode == 0 and "function end" not in done.stdout
 
 
 def test_a_lock_is_refused_in_one_line(tmp_path):

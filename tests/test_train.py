@@ -828,7 +828,7 @@ def test_a_kill_while_an_old_run_is_removed_leaves_none_of_it(short, monkeypatch
         m.setattr(runs.shutil, "rmtree", dies)
         with pytest.raises(Killed):
             run_main(command(tmp_path), "--fresh")
-    assert not [*folder.iterdir()]
+    assert not folder.exists()
     run_main(command(tmp_path, "--fresh --lr 0.5"))
     assert json.loads((folder / "scores.json").read_text())["step"] <= 6
     assert [f.name for f in tmp_path.iterdir()] == [folder.name]  # and no rest of the old one
