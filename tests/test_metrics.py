@@ -376,7 +376,7 @@ def test_metrics_without_their_packages_say_what_to_install(monkeypatch, metric,
         metric(["a"], [["a"]])
 
 
-@pytest.mark.parametrize("locale", ["de", "ar", "hi"])
+@pytest.mark.parametrize("locale", ["de", "ar"])
 def test_scores_are_the_same_under_every_locale(monkeypatch, locale):
     """METEOR writes its statistics and reads them back; Java's tokenizer has text to encode."""
     texts = ["Café for £5, in the city centre."], [["The café costs £5 and is in the centre."]]
