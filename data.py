@@ -9,7 +9,7 @@ data: a string that happens to contain "<|endoftext|>" is encoded as those thirt
 import math
 import re
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -387,6 +387,16 @@ def shuffled_batches(
         alike = sorted(order[i : i + stretch], key=lambda index: lengths[index])
         batches += [alike[j : j + batch_size] for j in range(0, len(alike), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
+    """Batches of the examples' indices, of like length together, with a progress bar."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    with progress_bar(total=len(order), desc=what, leave=False) as bar:
+        for i in range(0, len(order), batch_size):
+            indices = order[i : i + batch_size]
+            yield indices
+            bar.update(len(indices))
 
 
 def collate(examples: list[Example], multiple: int = 1) -> Batch:

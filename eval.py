@@ -16,9 +16,8 @@ import support.interrupts  # noqa: F401  (first: the others take seconds)
 # isort: split
 import json
 import math
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -32,6 +31,8 @@ from data import (
     TASKS,
     Example,
     Tokenizer,
+    alpaca_prompt,
+    by_length,
     collate,
     data_files,
     e2e_prompt,
@@ -45,11 +46,11 @@ from data import (
 from lora import adapt, merge, trainable, trained_tensors
 from model import Cache, Transformer, load
 from molex import MoLEx, MoLExConfig, upcycle
-from support.cli import Parser, command_line, pick_device, progress_bar
+from support.cli import command_line, pick_device, progress_bar
 from support.files import InputError, fill, locate, locked
 from support.runs import RunFolder, is_run
 from support.scoring import clean, meteor, mteval_tokens, ptb_tokenize, read_outputs, sacrebleu
-from support.settings import Settings, evaluated_again, parse_command, read_settings
+from support.settings import Settings, before_tuning, evaluated_again, parse_eval, read_settings
 from support.tables import print_scores
 
 Texts = list[str]
@@ -214,16 +215,6 @@ def e2e_scores(predictions: Texts, references: References) -> Scores:
     for metric in progress_bar((bleu, nist, meteor, rouge_l, cider), "metrics", leave=False):
         scores[metric.__name__] = metric(predictions, references)
     return scores
-
-
-def by_length(examples: list, batch_size: int, what: str) -> Iterator[list[int]]:
-    """Batches of the examples' indices, of like length together, with a progress bar."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    with progress_bar(total=len(order), desc=what, leave=False) as bar:
-        for i in range(0, len(order), batch_size):
-            indices = order[i : i + batch_size]
-            yield indices
-            bar.update(len(indices))
 
 
 @torch.no_grad()
@@ -459,12 +450,12 @@ def load_model(
     return model, Tokenizer.load(name, model.config)
 
 
-def evaluate_run(folder: Path, device: torch.device, flags: Sequence[str] = ()) -> Scores:
+def evaluate_run(folder: Path, device: torch.device, args: Namespace | None = None) -> Scores:
     """Score a run's best epoch on the dev set of GLUE or Alpaca or the test set of E2E. What is
-    found goes to the run's folder (support/runs.py); an unfinished run's, and what other `flags`
-    for decoding or data find, to one within it."""
-    model, tokenizer, s = load_run(folder, device)
-    s, again = evaluated_again(s, flags, MoLExConfig, TASKS)
+    found goes to the run's folder (support/runs.py); an unfinished run's, and what `args`, a
+    command line, change of decoding or data, to one within it."""
+    s, again = evaluated_again(folder, args, MoLExConfig)
+    model, tokenizer, _ = load_run(folder, device)
     run = RunFolder(folder, TASKS[s.task].metric)
     log = run.read_log()
     scores = dict(run.best_of(log))
@@ -479,15 +470,9 @@ def evaluate_run(folder: Path, device: torch.device, flags: Sequence[str] = ()) 
     return scores
 
 
-def evaluate_pretrained(s: Settings, device: torch.device, out: Path) -> Scores:
-    """The same of a model before fine-tuning. A new head of GLUE has learned nothing."""
-    with locked(out):
-        return evaluate(*build(replace(s, tune="full"), device), s, RunFolder(out))
-
-
 def evaluate(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> Scores:
-    """What the evaluation finds; outputs and samples go to `out`."""
-    model.eval()
+    """The scores of a model, a run's or one before fine-tuning; outputs and samples go to `out`."""
+    model.eval().precision = s.precision
     if s.task == "e2e":
         merge(model)  # elsewhere what was measured in training is measured again to the bit
     model.cast_frozen()
@@ -524,11 +509,9 @@ def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: 
     fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= longest]
     shown = fitting[:: max(1, len(fitting) // 5)][:5]  # five answers, to look at
     outputs = generate(model, tokenizer, [e.prompt for e in shown], s.eval_batch, **s.search())
-    samples = []
-    for e, output in zip(shown, outputs, strict=True):
-        prompt = tokenizer.decode(e.prompt).partition("### ")[2]
-        samples.append((prompt, output, tokenizer.decode(e.answer).strip()))
-    out.write_samples(samples)
+    prompts = [tokenizer.decode(e.prompt).partition("### ")[2] for e in shown]
+    right = [tokenizer.decode(e.answer).strip() for e in shown]
+    out.write_samples(zip(prompts, outputs, right, strict=True))
     if isinstance(model.layers, MoLEx):
         model.layers.routes.counts.zero_()  # the routes to look at are those of the whole dev set
     loss = dev_loss(model, dev, s.eval_batch)
@@ -545,33 +528,35 @@ def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
     return mrs, [clean(" ".join(output.split())) for output in outputs], references
 
 
+def answer(text: str, model: Transformer, tokenizer: Tokenizer, s: Settings) -> str:
+    """The answer to a prompt in the form that the run's task gives it."""
+    if s.task in GLUE:
+        raise InputError("a classifier answers no --prompt; give a model or a run of e2e or alpaca")
+    text = alpaca_prompt(text) if s.task == "alpaca" else text
+    prompt = encode_prompt(tokenizer, text, s.task)
+    return generate(model.eval(), tokenizer, [prompt], **s.search())[0]
+
+
 def main() -> None:
-    about = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
-    parser = Parser(description=f"{about}; other flags are train.py's", allow_abbrev=False)
-    parser.add_argument("run", nargs="?", help="a run, or a model before fine-tuning (nano/gpt2)")
-    parser.add_argument("--prompt", metavar="TEXT", help="only answer this")
-    parser.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
-    parser.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
-    parser.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    args, flags = parser.parse_known_args()
-    device, task = pick_device(args.device), "e2e"
-    if args.predictions or args.references:
-        if args.run or flags or not (args.predictions and args.references):
-            raise InputError("give --predictions FILE and --references FILE, and nothing else")
+    args = parse_eval(MoLExConfig, TASKS)
+    device, folder = pick_device(args.device), locate(args.run or "nano/gpt2")
+    task = "e2e"
+    if args.predictions:
         scores = e2e_scores(*read_outputs(args.predictions, args.references))
-    elif args.prompt is not None:
-        print(*generate(*load_model(args.run or "nano/gpt2", device), [args.prompt]))
-        return
-    elif args.run and is_run(locate(args.run)):
-        scores = evaluate_run(locate(args.run), device, flags)
-        task = read_settings(locate(args.run), MoLExConfig).task
-    else:
-        flags = ["--model", args.run, *flags] if args.run else ["--test-limit", "10", *flags]
-        given, runs = parse_command(MoLExConfig, TASKS, [*flags, "--no-molex"])
-        task, out = runs[0].task, given.out / f"{runs[0].name}-pretrained"
-        scores = evaluate_pretrained(runs[0], device, out)
-        print((out / "samples.txt").read_text("utf-8"))
+    elif is_run(folder):
+        s = evaluated_again(folder, args, MoLExConfig)[0]
+        if args.prompt is not None:
+            return print(answer(args.prompt, *load_run(folder, device)[:2], s))
+        task, scores = s.task, evaluate_run(folder, device, args)
+    else:  # a model before fine-tuning
+        s = before_tuning(args, MoLExConfig)
+        model, tokenizer = build(s, device)
+        if args.prompt is not None:
+            return print(answer(args.prompt, model, tokenizer, s))
+        task, out = s.task, args.out / s.name.replace("-full-s", "-pretrained-s")
+        with locked(out):
+            scores = evaluate(model, tokenizer, s, RunFolder(out))
+        RunFolder(out).print_samples()
     print_scores(task, scores, TASKS)
     if args.json:
         print(json.dumps(scores))

@@ -337,8 +337,7 @@ def main() -> None:
         for s in runs:
             run(s, args.out, args.fresh, device)
         if is_first():
-            print(f"\n{runs[-1].name} says:\n")
-            print((args.out / runs[-1].name / "samples.txt").read_text())
+            RunFolder(args.out / runs[-1].name).print_samples()
             report(runs, args.out, TASKS)
             if len(runs) > 1:
                 pictures(runs, args.out, TASKS)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import GLUE, Example, collate, read_e2e, read_glue
-from eval import by_length, load_model, read_run
+from data import GLUE, Example, by_length, collate, read_e2e, read_glue
+from eval import load_model, read_run
 from experiments.controls import Arm, give, neighbour
 from model import Transformer
 from molex import upcycle

@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     device, folders = pick_device(args.device), args.runs
     if not folders:
-        flags = "--model nano/roberta --task cola --max-steps 25".split()
+        flags = "--model nano/roberta --task cola --max-steps 25 --dev-limit 100".split()
         s = as_published.as_script(train.parse(flags)[1][0])
         folders = [Path("runs/padding-votes") / s.name]
         as_published.run(s, folders[0], device)

@@ -5,7 +5,6 @@ r). families.toml has peft's names, family by family. Reading is strict: a setti
 what the tensors mean and a tensor that nobody uses are errors.
 """
 
-import json
 import math
 import re
 import reprlib
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support.checkpoints import FAMILIES
-from support.files import InputError, check, read_json, read_tensors
+from support.files import InputError, check, read_json, read_tensors, write_atomic, write_json
 
 Tensors = dict[str, Tensor]
 GATE = ("layers.gates.", "layers.alpha")  # how the names of MoLEx's own parameters begin
@@ -97,9 +96,10 @@ def write_peft(
         config.update(task_type="SEQ_CLS", modules_to_save=["classifier"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: w.contiguous() for name, w in out.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    held = {PREFIX + name: w.contiguous() for name, w in out.items()}
+    form = dict(metadata={"format": "pt"})
+    write_atomic(folder / "adapter_model.safetensors", lambda path: save_file(held, path, **form))
+    write_json(folder / "adapter_config.json", config)
     if any(name.startswith(GATE) for name in parameters):
         what = "the LoRA and the head" if head else "the LoRA alone"
         print(f"{folder}: peft's files hold {what}, not MoLEx's gate")

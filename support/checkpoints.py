@@ -56,9 +56,8 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     if config["first_position"] == "after pad":
         config["first_position"] = config["pad"] + 1
         config["max_positions"] -= config["pad"] + 1
-    bos, ends = token_ids(c, "bos_token_id", size, where), token_ids(c, "eos_token_id", size, where)
-    config["bos"] = bos[0] if bos else None
-    config["eos"] = ends if len(ends) > 1 else ends[0] if ends else None
+    for name in ("bos", "eos"):
+        config[name] = token_ids(c, f"{name}_token_id", size, where)
     config["rope"] = rope_settings(c, where)
     odd = config["rotary"] and config["d_head"] % 2  # rotary positions come in pairs
     if n_head % config["n_kv_head"] or odd:
@@ -66,14 +65,23 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     return check(config, dict(d_head=COUNT, max_positions=COUNT), where)
 
 
-def token_ids(c: dict, name: str, size: int, where: object) -> tuple[int, ...]:
-    """The ids that a config.json has under a name, one or a list; none beyond the vocabulary, as
-    GPT-2's defaults are for a smaller one. Raises InputError."""
-    ids = c.get(name)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+def as_list(value: object) -> list:
+    """A value that may be a list, or null for an empty one."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def token_ids(c: dict, name: str, size: int, where: object) -> int | tuple[int, ...] | None:
+    """The id, or ids, that a config.json has under a name; none beyond the vocabulary, as GPT-2's
+    defaults are for a smaller one. Raises InputError."""
+    ids = as_list(c.get(name))
     for i in ids:
         check({name: i}, {name: (int, 0, 2**24)}, where)
-    return tuple(i for i in ids if i < size)
+    known = tuple(i for i in ids if i < size)
+    if len(known) > 1:
+        return known
+    return known[0] if known else None
 
 
 def rope_settings(c: dict, where: object) -> dict:
@@ -167,9 +175,11 @@ def read_config(folder: Path) -> dict:
         raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
     c = read_json(where)
     if generation.exists():
-        both = (values.get("eos_token_id") for values in (c, read_json(generation)))
-        lists = [ids if isinstance(ids, list) else [ids] for ids in both if ids is not None]
-        c["eos_token_id"] = list(dict.fromkeys(sum(lists, [])))
+        ids = as_list(c.get("eos_token_id"))
+        for i in as_list(read_json(generation).get("eos_token_id")):
+            if i not in ids:
+                ids.append(i)
+        c["eos_token_id"] = ids
     return our_config(c, where)
 
 

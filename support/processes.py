@@ -23,8 +23,8 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Print it, once for all processes."""
-    if is_first():
+    """Print it, once for all processes, also before `torchrun`."""
+    if os.environ.get("RANK", "0") == "0":
         print(text)
 
 

@@ -175,9 +175,8 @@ class RunFolder:
         """Where the evaluation goes: this folder, or one within it if the run is unfinished, or is
         evaluated `again` with other settings. Raises InputError if the run was made of another
         checkpoint or, unless they may be others, other data."""
-        self.check_files(
-            s, () if again else data, "put that back, or train anew with train.py --fresh"
-        )
+        advice = "put that back, or train anew with train.py --fresh"
+        self.check_files(s, () if again else data, advice)
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:
@@ -220,6 +219,9 @@ class RunFolder:
         chosen = items[:: max(1, len(items) // 5)][:5]
         parts = [f"{text}\n  output:    {o}\n  reference: {r}\n" for text, o, r in chosen]
         files.write_text(self.path / "samples.txt", "\n".join(parts))
+
+    def print_samples(self) -> None:
+        print(f"\n{self.path.name} says:\n\n{files.read_text(self.path / 'samples.txt')}")
 
     def write_scores(self, scores: dict, log: list[dict], shares: Tensor | None) -> None:
         """The pictures, and at last the scores, by which a run is finished."""

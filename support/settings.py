@@ -25,6 +25,7 @@ from typing import Any, get_args, get_origin
 from support.checkpoints import checkpoint_folder, read_config
 from support.cli import Parser, at_least, layer_range
 from support.files import InputError, check, read_json
+from support.processes import say
 
 PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8"))
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the tasks that Table 9 starts from an MNLI run
@@ -203,9 +204,28 @@ GROUPS = {
 }  # fmt: skip
 
 
-def make_parser(tasks: list[str], *classes: type, values: dict | None = None) -> Parser:
-    """A flag for every `setting` of the dataclasses. What is not given is not in the result.
-    `values`: those that --help shows; a field's default where they have none."""
+def add_flag(group: Any, f: Field, value: object) -> None:
+    """Add the flag of a setting to a parser or a group of one. What is not given is not in the
+    result; the help says that `value` counts then."""
+    number = float if float in kinds(f) else int if int in kinds(f) else str
+    form = dict(type=number if f.default is None else type(f.default))
+    flag = "--" + f.name.replace("_", "-")
+    if f.metadata["choices"]:
+        form = dict(choices=f.metadata["choices"])
+    elif isinstance(f.default, bool):
+        form = dict(action=argparse.BooleanOptionalAction)
+    elif tuple in kinds(f):
+        flag = "--molex-layers" if f.name == "layers" else flag
+        form = dict(type=layer_range, metavar="0-11")
+    if isinstance(value, tuple):
+        value = f"{value[0]}-{value[-1]}"
+    text = f.metadata["help"].replace("%", "%%") + ("" if value is None else f" ({value})")
+    group.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=text, **form)
+
+
+def make_parser(tasks: list[str], gate: type, values: dict | None = None) -> Parser:
+    """train.py's: a flag for every setting of a run and of the gate. `values`: those that --help
+    shows; a field's default where they have none."""
     about = "Fine-tune with LoRA, with or without MoLEx. In brackets: what counts without a flag"
     parser = Parser(description=about, allow_abbrev=False, add_help=False)
     text = "this; with other flags beside it (--model, --task) what counts for them"
@@ -227,24 +247,12 @@ def make_parser(tasks: list[str], *classes: type, values: dict | None = None) ->
     parser.add_argument("--resume", action="store_true", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     groups = {name: parser.add_argument_group(name) for name in ("training", *GROUPS, "MoLEx")}
-    for kind_of, f in ((cls, f) for cls in classes for f in fields(cls) if f.metadata):
+    values = values or {}
+    for f in (f for f in fields(Settings) if f.metadata):
         of = [name for name, starts in GROUPS.items() if f.name.startswith(starts)]
-        group = groups[(of or ["training"])[0] if kind_of is classes[0] else "MoLEx"]
-        number = float if float in kinds(f) else int if int in kinds(f) else str
-        kind = dict(type=number if f.default is None else type(f.default))
-        flag = "--" + f.name.replace("_", "-")
-        if f.metadata["choices"]:
-            kind = dict(choices=f.metadata["choices"])
-        elif isinstance(f.default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif tuple in kinds(f):
-            flag = "--molex-layers" if f.name == "layers" else flag
-            kind = dict(type=layer_range, metavar="0-11")
-        value = (values or {}).get(f.name, f.default)
-        if isinstance(value, tuple):
-            value = f"{value[0]}-{value[-1]}"
-        text = f.metadata["help"].replace("%", "%%") + ("" if value is None else f" ({value})")
-        group.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
+        add_flag(groups[of[0] if of else "training"], f, values.get(f.name, f.default))
+    for f in (f for f in fields(gate) if f.metadata):
+        add_flag(groups["MoLEx"], f, values.get(f.name, f.default))
     return parser
 
 
@@ -253,12 +261,73 @@ def parse_command(
 ) -> tuple[argparse.Namespace, list[Settings]]:
     """The command line, and the settings of every run it asks for, in order. `gate`: the dataclass
     of MoLEx's settings. Raises InputError if they do not fit each other."""
-    args = make_parser(list(tasks), Settings, gate).parse_args(argv)
+    args = make_parser(list(tasks), gate).parse_args(argv)
     if args.help:
         print_help(gate, tasks, args)
     runs = settle_all(args, gate)
-    remarks(args, runs, gate)
+    say_idle(args, runs, gate)
     return args, runs
+
+
+def parse_eval(
+    gate: type, tasks: Iterable[str], argv: list[str] | None = None
+) -> argparse.Namespace:
+    """eval.py's command line: train.py's flags, and its own. Raises InputError."""
+    parser = make_parser(list(tasks), gate)
+    parser.description = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
+    own = parser.add_argument_group("evaluation")
+    own.add_argument("run", nargs="?", help="a run, or a model before fine-tuning (nano/gpt2)")
+    own.add_argument("--prompt", metavar="TEXT", help="only answer this")
+    own.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
+    own.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
+    own.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
+    args = parser.parse_args(argv)
+    if args.help:
+        parser.print_help()
+        raise SystemExit(0)
+    outputs = [args.predictions, args.references]
+    if any(outputs) and (args.run or args.prompt or not all(outputs)):
+        raise InputError("give --predictions FILE and --references FILE, and nothing else")
+    return args
+
+
+def evaluated_again(
+    folder: Path, args: argparse.Namespace | None, gate: type
+) -> tuple[Settings, str]:
+    """A run's settings with what a command line changes of decoding and data, and a name for the
+    change ("": none). Raises InputError for a flag that cannot change any more."""
+    s = read_settings(folder, gate)
+    if args is None:
+        return s, ""
+    decoding = {*s.search(), "eval_batch", "dev_limit", "test_limit", "precision"}
+    settings = {f.name for cls in (Settings, gate) for f in fields(cls) if f.metadata}
+    asked = settings & vars(args).keys()  # they are there only if they were given
+    usual = dict(model=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
+    usual |= dict.fromkeys(("no_molex", "compare", "fresh", "resume"), False)
+    asked |= {n for n, value in usual.items() if getattr(args, n) not in (value, s.task)}
+    if training := asked - decoding:
+        what = f"--{min(training).replace('_', '-')} is a setting of training"
+        known = ", ".join("--" + name.replace("_", "-") for name in sorted(decoding))
+        raise InputError(f"{what}; a run can be evaluated again with {known}, --data")
+    wanted = {name: getattr(args, name) for name in asked}
+    if args.data:
+        wanted["data"] = args.data
+    changes = {name: value for name, value in wanted.items() if value != getattr(s, name)}
+    again = replace(s, **changes)
+    check_fields(again, "--")
+    parts = [f"{name}-{value}" for name, value in sorted(changes.items())]
+    return again, re.sub(r"[^\w.]+", "-", "-".join(parts).replace("_", "-"))
+
+
+def before_tuning(args: argparse.Namespace, gate: type) -> Settings:
+    """The settings by which a model is evaluated as it is. Raises InputError."""
+    args.model, args.no_molex, args.tune = args.run or args.model, True, "full"
+    if not args.model:  # without arguments: a demonstration
+        vars(args).setdefault("test_limit", 10)
+    runs = settle_all(args, gate)
+    if len(runs) > 1:
+        raise InputError("give one --task and one of --seeds")
+    return runs[0]
 
 
 def print_help(gate: type, tasks: Iterable[str], args: argparse.Namespace) -> None:
@@ -269,7 +338,7 @@ def print_help(gate: type, tasks: Iterable[str], args: argparse.Namespace) -> No
         values = vars(s) | vars(s.molex or gate())
     except InputError as error:  # a model that is not to be had, say
         note = f"\nIn brackets are the defaults: {error}"
-    make_parser(list(tasks), Settings, gate, values=values).print_help()
+    make_parser(list(tasks), gate, values).print_help()
     print(note)
     raise SystemExit(0)
 
@@ -292,33 +361,29 @@ def settle_all(args: argparse.Namespace, gate: type) -> list[Settings]:
     return runs
 
 
-def remarks(args: argparse.Namespace, runs: list[Settings], gate: type) -> None:
-    """Print what on the command line means nothing."""
+def say_idle(args: argparse.Namespace, runs: list[Settings], gate: type) -> None:
+    """Print what was given on the command line and changes nothing, with the reason."""
     if args.resume:
-        print("--resume is not needed: the same command goes on with a run that was stopped")
+        say("--resume is not needed: the same command goes on with a run that was stopped")
     if len(set(args.seeds)) < len(args.seeds):
-        print("a seed is given twice: that is one run")
-    for flag, why in without_effect(args, runs, gate):
-        print(f"--{flag.replace('_', '-')} has no effect here: {why}")
-
-
-def without_effect(
-    args: argparse.Namespace, runs: list[Settings], gate: type
-) -> list[tuple[str, str]]:
-    """The settings that were given and that no run uses, each with the reason."""
+        say("a seed is given twice: that is one run")
+    gates = [s.molex for s in runs if s.molex]
     of_gate = {f.name for f in fields(gate)} | set(GROUPS["MoLEx's training"])
-    decoding = {*runs[0].search(), "test_limit"}
-    found = []
+    writes = any(s.task in ("e2e", "alpaca") for s in runs)
     for name in vars(args):
-        if name in of_gate and not any(s.molex for s in runs):
-            found.append((name, "it is MoLEx's"))
+        why = ""
+        if name in of_gate and not gates:
+            why = "it is MoLEx's"
+        elif name == "proj_dim" and all(config.gate != "cosine" for config in gates):
+            why = "only a cosine gate has a projection"
         elif name.startswith("lora_") and all(s.tune != "lora" for s in runs):
-            found.append((name, f"--tune {runs[0].tune} has no LoRA"))
-        elif name in decoding and not any(s.task in ("e2e", "alpaca") for s in runs):
-            found.append((name, "GLUE's dev sets are scored whole, or up to --dev-limit"))
-        elif name == "proj_dim" and all(s.molex.gate != "cosine" for s in runs if s.molex):
-            found.append((name, "only a cosine gate has a projection"))
-    return found
+            why = f"--tune {runs[0].tune} has no LoRA"
+        elif name in runs[0].search() and not writes:
+            why = "a classifier writes no text"
+        elif name == "test_limit" and not writes:
+            why = "GLUE is scored on its dev sets, see --dev-limit"
+        if why:
+            say(f"--{name.replace('_', '-')} has no effect here: {why}")
 
 
 def settle(
@@ -363,28 +428,6 @@ def read_settings(folder: Path, gate: type) -> Settings:
         raise InputError(f"{folder} is not a run with a finished epoch")
     where = folder / "config.json"
     return from_json(Settings, read_json(where), where, molex=gate)
-
-
-def evaluated_again(
-    s: Settings, flags: Iterable[str], gate: type, tasks: Iterable[str]
-) -> tuple[Settings, str]:
-    """A run's settings with what `flags` change of decoding and data, and a name for the change
-    ("": none). Raises InputError for any other flag."""
-    args = make_parser(list(tasks), Settings, gate).parse_args(list(flags))
-    decoding = {*s.search(), "eval_batch", "dev_limit", "test_limit", "precision"}
-    other = {f.name for cls in (Settings, gate) for f in fields(cls)} & vars(args).keys()
-    changes = {name: getattr(args, name) for name in decoding & other}
-    if training := other - decoding - {"model", "task", "data", "seed"}:
-        what = f"--{min(training).replace('_', '-')} is a setting of training"
-        known = ", ".join("--" + name.replace("_", "-") for name in sorted(decoding))
-        raise InputError(f"{what}; a run can be evaluated again with {known}, --data")
-    if args.data:
-        changes["data"] = args.data
-    changes = {name: value for name, value in changes.items() if value != getattr(s, name)}
-    made = replace(s, **changes)
-    check_fields(made, "--")
-    parts = [f"{name}-{value}" for name, value in sorted(changes.items())]
-    return made, re.sub(r"[^\w.]+", "-", "-".join(parts).replace("_", "-"))
 
 
 def source(paths: list[str], gate: type, model: str, mixes: bool) -> tuple[str | None, dict]:

@@ -86,10 +86,11 @@ def opening(
     parameters = sum(p.numel() for p in model.parameters())
     data, precision = s.data or "the hub", "bf16" if model.bf16 else "float32"
     lines = [
-        f"{s.name}: {s.model} has {parameters:,} parameters, {trained:,} are trained (but a head)",
+        f"{s.name}: {s.model}, {parameters:,} parameters, {trained:,} trained (a head not counted)",
         f"  {s.task} from {data}: {counts['train']:,} training examples, {counts['dev']:,} of dev",
-        f"  steps {done + 1:,} to {end:,} on {model.device} in {precision}, written to {folder}",
     ]
+    steps_left = f"steps {done + 1:,} to {end:,}" if done < end else f"all {end:,} steps are done,"
+    lines.append(f"  {steps_left} on {model.device} in {precision}, written to {folder}")
     if s.warm_steps(end) >= end:
         lines.append(f"  the rate rises for {s.warm_steps(end):g} steps: it never is --lr {s.lr:g}")
     if end == 1 and s.warmup:
@@ -97,25 +98,24 @@ def opening(
     return "\n".join(lines)
 
 
-def remarks(runs: list[Settings], out: Path, p: bool) -> list[str]:
-    """What a reader of the table wants to know of its numbers. `p`: it has the column."""
+def footnotes(runs: list[Settings], out: Path, p: bool) -> list[str]:
+    """What a reader of the table wants to know of its numbers. `p`: it has that column."""
     lines = []
     if p:
-        lines.append("p: how often chance alone makes such a difference in BLEU, by resampling the")
-        lines[-1] += " test MRs (paired bootstrap); seed by seed"
+        lines.append(
+            "p: how often chance alone makes such a difference in BLEU (paired bootstrap of"
+        )
+        lines.append("  the test MRs), seed by seed")
     if any(s.label_smoothing for s in runs):
         lines.append("the train loss that epochs show is label-smoothed, dev loss is not")
-    for name in ("train_limit", "dev_limit", "test_limit"):
-        if limits := {getattr(s, name) for s in runs} - {None}:
-            part = name.partition("_")[0]
-            lines.append(f"--{part}-limit: only the first {max(limits)} of the {part} set")
+    for part in ("train", "dev", "test"):
+        for limit in {getattr(s, f"{part}_limit") for s in runs} - {None}:
+            lines.append(f"--{part}-limit: only the first {limit} of the {part} set")
     for s in runs:
-        scores = RunFolder(out / s.name).read_scores(())
-        examples = scores.get("examples", {}).get("train")
-        if s.max_steps and examples and s.max_steps % math.ceil(examples / s.batch_size):
-            per_epoch = math.ceil(examples / s.batch_size)
-            if s.max_steps < s.epochs * per_epoch:
-                lines.append(f"--max-steps: {s.max_steps} steps; {per_epoch} are an epoch")
+        counts = RunFolder(out / s.name).read_scores(()).get("examples")
+        per_epoch = math.ceil(counts["train"] / s.batch_size) if counts else 1
+        if s.max_steps and s.max_steps < s.epochs * per_epoch and s.max_steps % per_epoch:
+            lines.append(f"--max-steps: {s.max_steps} steps; {per_epoch} are an epoch")
     return list(dict.fromkeys(lines))
 
 
@@ -174,7 +174,7 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
         means = [[statistics.mean(v) for v in zip(*m, strict=True)] for m in by_method]
         print(row(papers, AVERAGE, means, ("average", 100, 2)))
     seeds = len({s.seed for s in runs})
-    print("", *remarks(runs, out, len(papers) == 2 and "e2e" in names), sep="\n")
+    print("", *footnotes(runs, out, len(papers) == 2 and "e2e" in names), sep="\n")
     if len(papers) == 2 and seeds > 1:
         print(f"\ndifference: paired, mean of {seeds} seeds with its 95% interval (Student's t)")
     if any(papers.values()):
@@ -184,14 +184,16 @@ def report(runs: list[Settings], out: Path, tasks: Tasks) -> None:
             print("\nNot as in the paper:", *lines, sep="\n  ")
 
 
-def print_scores(task: str, scores: dict[str, float], tasks: Tasks) -> None:
-    """What an evaluation has found, as the tables show it."""
-    forms = dict(shown(task, tasks))
+def rows_of(forms: dict, scores: dict[str, float]) -> dict:
+    """The rows of a task's table; below the main score that of each of several dev sets."""
     main = next(iter(forms))
-    for name in scores:
-        if name.startswith(f"{main}_"):  # MNLI's two dev sets, the perplexity
-            forms[name] = (name.replace(f"{main}_", "  "), 100, 2)
-    for name, (title, factor, digits) in forms.items():
+    parts = [name for name in scores if name.startswith(f"{main}_")]
+    return forms | {name: (name.replace(f"{main}_", "  "), 100, 2) for name in parts}
+
+
+def print_scores(task: str, scores: dict[str, float], tasks: Tasks) -> None:
+    """What an evaluation has found, in the units of the tables."""
+    for name, (title, factor, digits) in rows_of(shown(task, tasks), scores).items():
         if name in scores:
             print(f"{title:22}{scores[name] * factor:>18.{digits}f}")
 
@@ -204,20 +206,17 @@ def report_task(
     scores = [[folder.read_scores(forms) for folder in group] for group in folders]
     main = next(iter(forms))
     rows = {"trainable": ("trainable parameters", 1, 0)} if alone else {}
-    rows.update(forms)
-    for key in scores[0][0]:  # MNLI's two dev sets
-        if key.startswith(f"{main}_"):
-            rows[key] = (key.replace(f"{main}_", "  "), 100, 2)
+    rows.update(rows_of(forms, scores[0][0]))
     if alone:
         rows["seconds_per_step"] = ("seconds per step", 1, 3)
+    runs = [folder.path for group in folders for folder in group] if len(folders) == 2 else []
+    older = [path for path in runs if not (path / "references.txt").exists()]  # p needs them
     for key, form in rows.items():
         values = [[run[key] for run in group] for group in scores]
         if key == "trainable":  # alike in all seeds
             values = [group[:1] for group in values]
         text = row(papers, (task, key), values, form)
-        runs = [folder for group in folders for folder in group]
-        older = [run.path for run in runs if not (run.path / "references.txt").exists()]
-        if key == "bleu" and len(folders) == 2 and older:
+        if key == "bleu" and older:
             text += f"   p: first python eval.py {older[0]}"
         elif key == "bleu" and len(folders) == 2:
             text += f"   p = {', '.join(p_value(*pair) for pair in zip(*folders, strict=True))}"

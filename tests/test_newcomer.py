@@ -36,7 +36,7 @@ def test_a_run_tells_what_it_is(tmp_path, capsys):
     run_main("--compare", FLAGS, f"--out {tmp_path}")
     said, bars = capsys.readouterr()
     name = "nano-gpt2-e2e-molex-s0"
-    assert f"{name}: nano/gpt2 has 2,160,904 parameters, 17,416 are trained" in said
+    assert f"{name}: nano/gpt2, 2,160,904 parameters, 17,416 trained" in said
     assert "e2e from nano/e2e: 24 training examples, 8 of dev" in said
     assert f"steps 1 to 3 on cpu in float32, written to {tmp_path / name}" in said
     assert "the rate rises for 50 steps: it never is --lr 0.01" in said
@@ -163,8 +163,40 @@ def test_a_run_is_decoded_again_into_a_folder_of_its_own(run, capsys):
 
 
 def test_a_run_is_not_evaluated_with_other_settings_of_training(run, failure):
-    error = failure(call, evaluation, run, "--lr", "1")
-    assert "--lr is a setting of training; a run can be evaluated again with --beam-rule" in error
+    for flag in (
+        "--lr 1",
+        "--task mrpc",
+        "--compare",
+        "--seeds 1",
+        "--top-k 2",
+        "--no-learn-alpha",
+    ):
+        error = failure(call, evaluation, run, *flag.split())
+        said = f"{flag.split()[0].replace('no-', '')} is a setting of training"
+        assert f"{said}; a run can be evaluated again with --beam-rule" in error
+
+
+def test_a_value_that_is_zero_counts(run, capsys):
+    call(evaluation, "--no-repeat-ngram", "0", "--test-limit", "2", run)
+    assert "no-repeat-ngram-0-test-limit-2" in capsys.readouterr().out
+
+
+def test_precision_is_that_of_the_evaluation(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate_e2e", lambda model, *_: seen.append(model.bf16) or {})
+    for precision in ("bf16", "float32"):
+        call(evaluation, run, "--precision", precision)
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("flags", [["--task", "glue"], ["--task", "cola", "--seeds", "0", "1"]])
+def test_a_model_is_evaluated_on_one_task(flags, failure):
+    assert "give one --task" in failure(call, evaluation, "nano/roberta", *flags)
+
+
+def test_a_classifier_answers_no_text(failure):
+    flags = ["nano/roberta", "--task", "cola", "--prompt", "x"]
+    assert "a classifier answers no --prompt" in failure(call, evaluation, *flags)
 
 
 def test_a_run_with_other_data(run, tmp_path, capsys):
