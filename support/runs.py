@@ -221,7 +221,8 @@ class RunFolder:
         files.write_text(self.path / "samples.txt", "\n".join(parts))
 
     def print_samples(self) -> None:
-        print(f"\n{self.path.name} says:\n\n{files.read_text(self.path / 'samples.txt')}")
+        samples = (self.path / "samples.txt").read_text("utf-8")  # none is no error
+        print(f"\n{self.path.name} says:\n\n{samples}")
 
     def write_scores(self, scores: dict, log: list[dict], shares: Tensor | None) -> None:
         """The pictures, and at last the scores, by which a run is finished."""

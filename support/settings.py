@@ -269,9 +269,7 @@ def parse_command(
     return args, runs
 
 
-def parse_eval(
-    gate: type, tasks: Iterable[str], argv: list[str] | None = None
-) -> argparse.Namespace:
+def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
     """eval.py's command line: train.py's flags, and its own. Raises InputError."""
     parser = make_parser(list(tasks), gate)
     parser.description = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
@@ -281,7 +279,7 @@ def parse_eval(
     own.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
     own.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
     own.add_argument("--json", action="store_true", help="also print the scores as JSON, last")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.help:
         parser.print_help()
         raise SystemExit(0)

@@ -215,7 +215,7 @@ def test_the_scripts_settings(task, known):
 
 
 def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys):
-    flags = "--model nano/roberta --task mrpc --max-steps 2".split()
+    flags = "--model nano/roberta --task mrpc --max-steps 2 --dev-limit 40".split()
     call(as_published, *flags, "--out", tmp_path)
     said = capsys.readouterr().out
     line = next(x for x in said.splitlines() if x.startswith("MRPC accuracy"))
