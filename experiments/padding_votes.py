@@ -5,7 +5,7 @@ a run's dev set are padded as in its training and given to its best epoch; in ev
 that wins is held against the one that would win if padding alone voted, or real tokens alone.
 
     python experiments/padding_votes.py RUN ...     runs of as_published.py, or of controls.py's arm
-    python experiments/padding_votes.py             small: 25 steps of nano/roberta on CoLA
+    python experiments/padding_votes.py             small: 10 steps of nano/roberta on CoLA
 """
 
 import sys
@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     device, folders = pick_device(args.device), args.runs
     if not folders:
-        flags = "--model nano/roberta --task cola --max-steps 25 --dev-limit 100".split()
+        flags = "--model nano/roberta --task cola --max-steps 10 --dev-limit 64".split()
         s = as_published.as_script(train.parse(flags)[1][0])
         folders = [Path("runs/padding-votes") / s.name]
         as_published.run(s, folders[0], device)

@@ -22,7 +22,7 @@ from support.tables import paper
 
 ROOT = Path(__file__).parents[1]
 SIX = ("model", "lora", "molex", "data", "eval", "train")
-COLA = "--model nano/roberta --task cola --max-steps 2"
+COLA = "--model nano/roberta --task cola --max-steps 2 --dev-limit 40"
 
 
 def imported(source: str) -> set[str]:
