@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import call, family_flags, printed_by
+from conftest import call, family_flags, meteor, printed_by
 from test_generate import random_prompts, repeats
 from test_molex import lora_model, molex_model
 
@@ -137,7 +137,8 @@ def test_without_an_end_the_best_of_the_longest_is_taken():
 def small(tmp_path_factory) -> tuple[Path, list[str]]:
     """The small form, less trained, on a part of the test set: its run, and what it prints."""
     folder = tmp_path_factory.mktemp("beam_search")
-    with mock.patch.object(script, "SMALL", "--no-molex --max-steps 60 --test-limit 6"):
+    less = mock.patch.object(script, "SMALL", "--no-molex --max-steps 60 --test-limit 6")
+    with less, mock.patch.object(evaluation, "meteor", meteor):
         lines = printed_by(script, "--out", folder, "--device", "cpu")
     return next(folder.iterdir()), lines
 
@@ -166,6 +167,7 @@ def test_outputs_that_differ_are_counted_and_scored(small, monkeypatch):
         return [[]] if 3 < len(said) < 6 else beam_search(model, prompts, eos, **search)
 
     monkeypatch.setattr(evaluation, "beam_search", quiet)
+    monkeypatch.setattr(evaluation, "meteor", meteor)
     lines = printed_by(script, folder, "--limit", 3)
     assert said == ["transformers"] * 3 + ["lora"] * 3
     assert lines[:2] == ["", f"{folder.name}: 2 of 3 outputs differ (66.7%)"]

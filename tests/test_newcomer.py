@@ -7,8 +7,7 @@ import re
 from unittest import mock
 
 import pytest
-from conftest import call, run_main
-from test_runs import meteor
+from conftest import call, meteor, run_main
 
 import eval as evaluation
 import train
