@@ -93,10 +93,17 @@ def prob(log_a: Tensor) -> Tensor:
     return log_a.exp()
 
 
+def own_size(u_j: Tensor, u: Tensor) -> Tensor:
+    """Not in the paper: u_j, token by token, at the length of u (RESULTS.md). (B, N, D) each."""
+    length = u_j.norm(dim=-1, keepdim=True)
+    return u_j * (u.norm(dim=-1, keepdim=True) / length.where(length > 0, 1))
+
+
 GATES = {"linear": linear_gate, "cosine": CosineGate}
 LOG_AFFINITIES = {"softmax": nn.LogSoftmax(dim=-1), "sigmoid": F.logsigmoid}
 VOTES = {"mode": by_mode, "mean": by_mean}
 WEIGHTS = {"renormalised": renormalised, "straight-through": straight_through, "prob": prob}
+SIZES = {"as-is": lambda u_j, u: u_j, "own": own_size}
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class MoLExConfig:
     alpha: float = setting(0.95, "share of the slot's own layer; where it starts, if learned")
     learn_alpha: bool = setting(False, 'learn alpha, the "Mixing Weights" of Table 5')
     gate_weight: str = setting("renormalised", "a reading of w_j (DECISIONS.md)", *WEIGHTS)
+    borrow_size: str = setting("as-is", "own: u_j at the length of u_t, not the paper's", *SIZES)
     route: str = setting("batch", "who decides on the layers", "batch", "sequence")
     layers: tuple[int, ...] | None = setting(None, "slots that mix (all; E2E: the first 12)")
     on_device: bool = setting(False, "the GPU alone learns which layer was chosen, no step waits")
@@ -175,10 +183,7 @@ class MoLEx(nn.Module):
             self.bank.fill()
         share(*ctx.tensors(), *self.bank.tensors())  # the second stream reads them, too
         for t, block in enumerate(self.blocks):
-            if t in self.slots:
-                z = self.mix(t, z, ctx)
-            else:
-                z = block(z, ctx, (t, t))
+            z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
         noted = self.load_balance if self.config.route == "batch" else None
         self.routes.end_pass(len(z), noted)
         self.bank.clear()
@@ -204,9 +209,10 @@ class MoLEx(nn.Module):
             chosen = self.run_chosen(t, z, ctx, picks, w)  # the layers that it has chosen
         join(side, [*chosen, *self.routes.open[-1:]])
         u = own - z
+        size = SIZES[self.config.borrow_size]
         updates = []
         for w_j, output in chosen:
-            updates.append(w_j * (u if output is None else output - z))
+            updates.append(w_j * (u if output is None else size(output - z, u)))
         v = sum(updates[1:], start=updates[0])
         # z + alpha u + (1 - alpha) v, written so that it is exact for alpha = 1 and for v = u
         return own + (1 - self.alpha(t)) * (v - u)
@@ -265,8 +271,7 @@ class MoLEx(nn.Module):
 
     def weights(self, log_a: Tensor, picks: Tensor) -> Tensor:
         """w_nj of the chosen layers, (B, N, K); WEIGHTS has the readings of the paper."""
-        B, N, _ = log_a.shape
-        kept = log_a.gather(-1, picks[:, None].expand(B, N, -1))
+        kept = log_a.gather(-1, picks[:, None].expand(*log_a.shape[:2], -1))
         return WEIGHTS[self.config.gate_weight](kept)
 
     def balance(self, log_a: Tensor, favourite: Tensor, real: Tensor) -> Tensor:

@@ -125,9 +125,9 @@ def publish(model: Transformer, config: MoLExConfig) -> Transformer:
     """Put `Published` in the place of the model's layers. Raises InputError if it has no such."""
     if model.config.rotary:
         raise InputError("the published code has GPT-2 and RoBERTa, and no Llama")
-    plain = (config.on_device, config.route, config.top_k, config.gate_weight)
-    if plain != (False, "batch", 1, "renormalised"):
-        raise InputError("as published: no --on-device, --route, --top-k or --gate-weight")
+    ours = ("on_device", "route", "top_k", "gate_weight", "borrow_size")
+    if given := [name for name in ours if getattr(config, name) != getattr(MoLExConfig, name)]:
+        raise InputError(f"as published there is no --{given[0].replace('_', '-')}")
     layers = Published(model.layers.blocks, model.config.d_model, config)
     model.layers = layers.to(model.device)
     return model.train(model.training)

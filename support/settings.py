@@ -133,7 +133,7 @@ class Settings:
     max_new_tokens: int = setting(64, "longest answer", below=4097)
     beam_rule: str = setting("transformers", "whose beam search", "transformers", "lora")
     precision: str | None = setting(None, "of matrix products; on CUDA bf16", "bf16", "float32")
-    cuda_graphs: bool = setting(False, "a step in one launch, not yet run on a GPU")
+    cuda_graphs: bool = setting(False, "a step in one launch; GPU only")
     eval_batch: int = setting(16, "sequences evaluated together")
     train_limit: int | None = setting(None, "train on only so many examples")
     dev_limit: int | None = setting(None, "score only so many examples of each dev set")

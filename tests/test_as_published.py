@@ -234,8 +234,9 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys):
         ("--model nano/roberta --task cola --pad 20", "--pad is 20, but the longest text has 56"),
         ("--model nano/gpt2 --pad 250", "--pad is 250, but the model has room for 192 tokens"),
         ("--model nano/gpt2 --task cola --data nano/glue", "E2E with GPT-2, and GLUE with RoBERTa"),
-        ("--model nano/gpt2 --on-device", "no --on-device, --route, --top-k or --gate-weight"),
-        ("--model nano/gpt2 --route sequence", "no --on-device, --route, --top-k"),
+        ("--model nano/gpt2 --on-device", "as published there is no --on-device"),
+        ("--model nano/gpt2 --route sequence", "there is no --route"),
+        ("--model nano/gpt2 --borrow-size own", "there is no --borrow-size"),
     ],
 )
 def test_bad_input(flags, message, failure, tmp_path):

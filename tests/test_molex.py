@@ -23,12 +23,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train
 from data import Example
+from eval import beam_search
 from lora import add_lora, loras
 from model import Cache, Config, Context, Transformer, rope_angles
-from molex import GATES, CosineGate, MoLExConfig, upcycle
+from molex import GATES, CosineGate, MoLExConfig, own_size, upcycle
+from support.cuda import fork, join
 from support.files import InputError
 
 FAMILIES = ("gpt2", "llama", "roberta")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROUTES = ("batch", "on device", "sequence")
 VOCAB = 31
 # Token ids, and how many of them are the prompt.
@@ -218,7 +221,10 @@ def by_hand(model: Transformer, sequences: list):
                         w = torch.ones_like(w)  # Eq. 4 as it stands
                     elif c.gate_weight != "prob":
                         w = w / sum(a[i][n][chosen] for chosen in routes[t][i])
-                    v = v + w * update[j][i][n]
+                    u_j = update[j][i][n]
+                    if c.borrow_size == "own":
+                        u_j = u_j / u_j.norm() * update[t][i][n].norm()
+                    v = v + w * u_j
                 rows.append(z[n] + alpha * update[t][i][n] + (1 - alpha) * v)
             new.append(torch.stack(rows))
         zs = new
@@ -262,6 +268,35 @@ def test_equation_4_by_hand_in_every_combination(gate, activation, vote, route):
     assert between_sequences > 15 if route == "sequence" else between_sequences == 0
 
 
+@pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_equation_4_at_the_slots_own_size_by_hand(gate_weight, route, top_k):
+    for family in FAMILIES:
+        options = dict(gate_weight=gate_weight, route=route, top_k=top_k, alpha=0.6)
+        model = molex_model(family, borrow_size="own", **options).double()
+        with torch.no_grad():
+            found, (expected, _, _) = run(model, SEQUENCES)[0], by_hand(model, SEQUENCES)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_own_size_keeps_the_direction_and_takes_the_length():
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 3, 5, 16)
+    v *= torch.logspace(-6, 6, 15).view(3, 5, 1)
+    sized = own_size(v, u)
+    torch.testing.assert_close(sized.norm(dim=-1), u.norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cosine_similarity(sized, v, dim=-1), torch.ones(3, 5))
+    assert torch.equal(own_size(u, u), u)
+    u[0, 0], v[1, 1], u[2, 2], v[2, 2] = 0, 0, 0, 0
+    u.requires_grad_()
+    v.requires_grad_()
+    sized = own_size(v, u)
+    assert not sized[[0, 1, 2], [0, 1, 2]].any() and sized.isfinite().all()
+    sized.square().sum().backward()
+    assert u.grad.isfinite().all() and v.grad.isfinite().all()
+
+
 def test_without_a_prompt_mask_every_real_token_votes():
     model = molex_model("gpt2", top_k=2)
     everything = [(ids, len(ids)) for ids, _ in SEQUENCES]
@@ -291,21 +326,22 @@ def assert_is_lora(model: Transformer) -> None:
         assert torch.equal(gradient, expected_gradients[name]), name
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("top_k, size", [(1, "as-is"), (3, "as-is"), (1, "own")])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("gate", ["linear", "cosine"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_alpha_1_is_lora_bit_for_bit(family, gate, route, top_k):
-    assert_is_lora(molex_model(family, gate=gate, route=route, top_k=top_k, alpha=1.0))
+def test_alpha_1_is_lora_bit_for_bit(family, gate, route, top_k, size):
+    options = dict(gate=gate, route=route, top_k=top_k, borrow_size=size)
+    assert_is_lora(molex_model(family, **options, alpha=1.0))
 
 
+@pytest.mark.parametrize("size", ["as-is", "own"])
 @pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
 @pytest.mark.parametrize("vote", ["mode", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_weight):
-    model = molex_model(
-        family, vote=vote, gate_weight=gate_weight, individual_gates=True, alpha=0.3
-    )
+def test_a_gate_that_picks_its_own_layer_is_lora_bit_for_bit(family, vote, gate_weight, size):
+    options = dict(vote=vote, gate_weight=gate_weight, borrow_size=size)
+    model = molex_model(family, **options, individual_gates=True, alpha=0.3)
     sure = 1e4 if gate_weight == "prob" else 3.0  # the affinity itself has to be 1
     gate_to(model, [[sure * (j == t) for j in range(4)] for t in range(4)])
     assert_is_lora(model)
@@ -722,6 +758,48 @@ def test_under_autocast_the_gate_scores_in_float32(gate):
     assert all(p.grad.isfinite().all() for p in trained(model).values())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_stays_near_float32_in_every_family(family, device):
+    """Logits and gradients of a step, and, but for encoders, what an answer is worth."""
+    model = molex_model(family, T=6, d_model=64, individual_gates=True)
+    gate_to(model, torch.eye(6).roll(2, 0).mul(9).tolist())  # so that rounding turns no vote
+    ids, mask, prompt = pad(SEQUENCES)
+    found = {}
+    for precision in ("float32", "bf16"):  # in this order: casting the frozen weights loses digits
+        model.to(device if precision == "bf16" else "cpu").train()
+        model.precision = precision
+        model.cast_frozen()
+        model.zero_grad()
+        with model.autocast():
+            logits = model(*(x.to(model.device) for x in (ids, mask, prompt)))[mask].cpu().float()
+        loss_of(list(logits), model.layers.load_balance.cpu()).backward()
+        gradient = torch.cat([p.grad.cpu().flatten() for n, p in trained(model).items()])
+        found[precision] = logits.detach(), gradient
+    (exact, gradient), (rounded, other) = found.values()
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.05 * exact.abs().max().item())
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.99
+    if family == "roberta":
+        return
+    prompts = [ids for ids, _ in SEQUENCES]
+    answers = []
+    for precision in ("bf16", "float32"):
+        model.to("cpu" if precision == "float32" else device).float().eval()
+        model.precision = precision
+        with model.autocast():
+            answers.append(beam_search(model, prompts, 0, 4, max_new_tokens=8))
+    for prompt, rounded, exact in zip(prompts, *answers, strict=True):
+        worth = []
+        for answer in (rounded, exact):
+            text = torch.tensor([[*prompt, *answer, 0][: len(prompt) + 8]])
+            first = torch.arange(text.shape[1]) < len(prompt)
+            log_p = model(text, prompt=first[None])[0].log_softmax(-1)
+            new = range(len(prompt), text.shape[1])
+            worth.append(sum(log_p[i - 1, text[0, i]] for i in new) / len(new) ** 0.9)
+        assert worth[0] > worth[1] - 0.05
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -836,10 +914,35 @@ def decode_on(model: Transformer, batch: tuple, device: str) -> list[Tensor]:
     return [x.cpu() for x in out]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.fixture
+def late_streams(monkeypatch):
+    """Each of the two streams is now and then late by up to a millisecond, after `fork` and before
+    `join`, so that a missing wait shows."""
+    dice = random.Random()
+
+    def late(side: torch.cuda.Stream | None) -> None:
+        for stream in (torch.cuda.current_stream(), side) if side else ():
+            if dice.random() < 0.3:
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(dice.randrange(2_000_000))
+
+    def late_fork(z: Tensor) -> torch.cuda.Stream | None:
+        side = fork(z)
+        late(side)
+        return side
+
+    def late_join(side: torch.cuda.Stream | None, outputs: list) -> None:
+        late(side)
+        join(side, outputs)
+
+    monkeypatch.setattr("molex.fork", late_fork)
+    monkeypatch.setattr("molex.join", late_join)
+
+
+@NEEDS_CUDA
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_two_streams_on_cuda_equal_the_cpu(route, top_k, device="cuda"):
+def test_two_streams_on_cuda_equal_the_cpu(late_streams, route, top_k, device="cuda"):
     """Many times over, with tensors large enough for a missing wait to show."""
     dice = random.Random(13)
     batches = [
