@@ -24,15 +24,17 @@ TEXTS = [[5, 9, 2, 40, 7], [3, 3], [8, 1, 60, 33, 12, 90, 4, 4]]
 
 
 class Borrow(nn.Module):
-    """Eq. 4 with layer picks[t] in slot t."""
+    """Eq. 4 with layer picks[t] in slot t, as it stands or at the slot's own size."""
 
-    def __init__(self, blocks: nn.ModuleList, picks: list[int]) -> None:
+    def __init__(self, blocks: nn.ModuleList, picks: list[int], own_size: bool) -> None:
         super().__init__()
-        self.blocks, self.picks = blocks, picks
+        self.blocks, self.picks, self.own_size = blocks, picks, own_size
 
     def forward(self, z: Tensor, ctx: Context) -> Tensor:
         for t, j in enumerate(self.picks):
             u, v = (self.blocks[i](z, ctx, (t, i)) - z for i in (t, j))
+            if self.own_size:
+                v = v / v.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
             z = z + 0.95 * u + 0.05 * v
         return z
 
@@ -46,10 +48,11 @@ def run_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def lines_of(*flags: object) -> dict[str, float]:
-    """What the script prints, name -> rise of the loss."""
+def lines_of(*flags: object) -> dict[str, list[float]]:
+    """What the script prints, name -> the rises of the loss, as in Eq. 4 and at the own size."""
     lines = printed_by(borrowing, *flags)
-    return {m[1]: float(m[2]) for x in lines if (m := re.fullmatch(r"(.+?) +([+-]\d+\.\d+)", x))}
+    line = r"(.+?) +([+-]\d+\.\d+) +([+-]\d+\.\d+)"
+    return {m[1]: [float(m[2]), float(m[3])] for x in lines if (m := re.fullmatch(line, x))}
 
 
 def test_the_loss_is_transformers(checkpoint):
@@ -78,17 +81,52 @@ def test_each_line_is_the_loss_of_eq_4_less_the_plain_one(run_folder, tmp_path):
     wanted |= {"the neighbour": [*range(1, T), T - 2], "/".join(run_folder.parts[-2:]): picks}
     blocks = model.layers.blocks
     for name, layers in wanted.items():
-        model.layers = Borrow(blocks, layers)
-        by_loops = borrowing.text_loss(model, texts) - plain
+        by_loops = []
+        for own_size in (False, True):
+            model.layers = Borrow(blocks, layers, own_size)
+            by_loops.append(borrowing.text_loss(model, texts) - plain)
         assert found[name] == pytest.approx(by_loops, abs=1e-3), name
-    assert found.keys() == wanted.keys() and gate - plain == pytest.approx(by_loops, abs=1e-5)
-    assert (tmp_path / "borrowing.png").read_bytes().startswith(b"\x89PNG")
+        assert by_loops[0] != by_loops[1], name
+    assert found.keys() == wanted.keys() and gate - plain == pytest.approx(by_loops[0], abs=1e-5)
+    for picture in ("borrowing.png", "sizes.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "roberta"])
+def test_the_ratios_by_plain_loops(family, checkpoint):
+    model = load(checkpoint(family))
+    inputs = []
+    hooks = [
+        b.register_forward_hook(lambda _, args, out: inputs.append(args))
+        for b in model.layers.blocks
+    ]
+    sizes: dict[tuple[int, int], list[Tensor]] = {}
+    with torch.no_grad():
+        for text in TEXTS:
+            model.hidden(torch.tensor([text]))
+        for hook in hooks:
+            hook.remove()
+        for z, ctx, (t, _) in inputs:
+            for j, block in enumerate(model.layers.blocks):
+                sizes.setdefault((t, j), []).append((block(z, ctx, (t, j)) - z)[0].norm(dim=1))
+    found = borrowing.size_ratios(model, TEXTS)
+    T = len(model.layers.blocks)
+    assert found.shape == (T, T) and torch.equal(found.diag(), torch.ones(T))
+    for (t, j), own in ((key, sizes[key[0], key[0]]) for key in sizes):
+        ratios = torch.cat(sizes[t, j]) / torch.cat(own)
+        assert found[t, j].item() == pytest.approx(ratios.sort().values[7].item(), rel=1e-4)
+
+
+def test_an_encoder_has_ratios_and_no_loss(tmp_path):
+    said = printed_by(borrowing, "--model", "nano/roberta", "--texts", 3, "--out", tmp_path)
+    assert any(line.startswith("|u_j(z_t)| / |u_t(z_t)|, median ") for line in said)
+    assert [file.name for file in tmp_path.iterdir()] == ["sizes.png"]
+    assert not any("nats" in line for line in said)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model", "nano/roberta"], "nano/roberta is an encoder"),
         (["--model", "nano/roberta", "RUN"], "is no run of nano/roberta with MoLEx"),
         (["--data", "nowhere"], "trainset.csv|devset.csv"),
         (["--texts", "0"], "0 is less than 1"),
