@@ -129,6 +129,8 @@ class MoLExConfig:
         check_fields(self)
         if self.top_k > T:
             raise InputError(f"top-k is {self.top_k}, but the model has {T} layers to choose from")
+        if self.layers in ((), []):
+            raise InputError("no slot is to mix; LoRA alone is --no-molex")
         if any(type(t) is not int or t not in range(T) for t in self.layers or ()):
             span = f"{self.layers[0]}-{self.layers[-1]}"
             raise InputError(f"layers {span} are to mix, but the model has layers 0-{T - 1}")

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -75,6 +76,13 @@ def at_least(low: int) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text} is {beyond}")
 
     return integer
+
+
+def plain_path(text: str) -> str:
+    """The type of an argument that names a folder, a file or a model of the hub: "./a/" is "a"."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return str(Path(text))
 
 
 def layer_range(text: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from support.checkpoints import checkpoint_folder, read_config
-from support.cli import Parser, at_least, layer_range
+from support.cli import Parser, at_least, layer_range, plain_path
 from support.files import InputError, check, read_json
 from support.processes import say
 
@@ -230,10 +230,12 @@ def make_parser(tasks: list[str], gate: type, values: dict | None = None) -> Par
     parser = Parser(description=about, allow_abbrev=False, add_help=False)
     text = "this; with other flags beside it (--model, --task) what counts for them"
     parser.add_argument("-h", "--help", action="store_true", help=text)
-    parser.add_argument("--model", help="hub name or folder (nano/'s, with --compare)")
+    text = "hub name or folder (nano/'s, with --compare)"
+    parser.add_argument("--model", type=plain_path, help=text)
     known = dict(choices=[*tasks, "glue"], type=lambda name: name.lower().replace("-", ""))
     parser.add_argument("--task", default="e2e", help="glue: all eight in turn (e2e)", **known)
-    parser.add_argument("--data", help="folder of the official files; Alpaca: JSON file (hub)")
+    text = "folder of the official files; Alpaca: JSON file (hub)"
+    parser.add_argument("--data", type=plain_path, help=text)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs go (runs)")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0], help="a run each (0)")
     which = parser.add_mutually_exclusive_group()
@@ -241,7 +243,8 @@ def make_parser(tasks: list[str], gate: type, values: dict | None = None) -> Par
     which.add_argument("--compare", action="store_true", help="that alone, then with MoLEx")
     text = "a finished run of the same model to start from, or a .bin file of the LoRA paper's code"
     text += "; with --compare one with MoLEx, one without; of glue for MRPC, RTE, STS-B (Table 9)"
-    parser.add_argument("--init-from", nargs="+", default=[], metavar="RUN", help=text)
+    runs = dict(nargs="+", type=plain_path, default=[], metavar="RUN")
+    parser.add_argument("--init-from", **runs, help=text)
     parser.add_argument("--fresh", action="store_true", help="start anew over an existing run")
     text = "not needed: the same command goes on with a run that was stopped"
     parser.add_argument("--resume", action="store_true", help=text)
@@ -274,7 +277,8 @@ def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
     parser = make_parser(list(tasks), gate)
     parser.description = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
     own = parser.add_argument_group("evaluation")
-    own.add_argument("run", nargs="?", help="a run, or a model before fine-tuning (nano/gpt2)")
+    text = "a run, or a model before fine-tuning (nano/gpt2)"
+    own.add_argument("run", nargs="?", type=plain_path, help=text)
     own.add_argument("--prompt", metavar="TEXT", help="only answer this")
     own.add_argument("--predictions", type=Path, help="one per line, or .csv/.tsv: MR, output")
     own.add_argument("--references", type=Path, help="groups of lines, or .csv/.tsv: mr, ref")
@@ -345,7 +349,7 @@ def settle_all(args: argparse.Namespace, gate: type) -> list[Settings]:
     """The settings of every run that the command line asks for, in order."""
     writes = args.task in ("e2e", "alpaca")
     compare = args.compare or (args.model is None and not args.no_molex)
-    args.model = str(Path(args.model or ("nano/gpt2" if writes else "nano/roberta")))  # "a/" is "a"
+    args.model = args.model or ("nano/gpt2" if writes else "nano/roberta")
     config = read_config(checkpoint_folder(args.model))
     if writes and not config["causal"]:
         what = f"{args.model} is an encoder, which cannot write text"

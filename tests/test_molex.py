@@ -699,6 +699,8 @@ def test_table_14s_parameters():
         (dict(top_k=0), "top-k cannot be 0"),
         (dict(top_k=5), "top-k is 5, but the model has 4 layers"),
         (dict(layers=tuple(range(12))), "layers 0-11 are to mix, but the model has layers 0-3"),
+        (dict(layers=()), "no slot is to mix"),
+        (dict(borrow_size="half"), "borrow-size is 'half', not as-is or own"),
         (dict(layers=(-1, 2)), "layers -1-2 are to mix"),
         (dict(layers=[0, 2.0]), "layers 0-2.0 are to mix"),
         (dict(layers=[0, True]), "layers 0-True are to mix"),

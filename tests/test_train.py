@@ -138,9 +138,16 @@ def test_methods_and_seeds(gpt2_medium):
     assert [r.name for r in runs] == ["nano-gpt2-e2e-lora-s0", "nano-gpt2-e2e-molex-s0"]
 
 
-def test_a_folder_is_the_same_model_however_the_shell_completes_it():
-    models = [parse(["--model", name])[1][0].model for name in ("nano/gpt2/", "./nano/gpt2")]
-    assert models == ["nano/gpt2"] * 2
+def test_a_folder_is_the_same_however_the_shell_completes_it():
+    for model, data in (("nano/gpt2/", "./nano/e2e"), ("./nano/gpt2", "nano/e2e/")):
+        s = parse(["--model", model, "--data", data])[1][0]
+        assert (s.model, s.data) == ("nano/gpt2", "nano/e2e")
+
+
+@pytest.mark.parametrize("flag", ["--model", "--data", "--init-from"])
+def test_an_empty_name_such_as_of_an_unset_variable_is_refused(flag):
+    with pytest.raises(InputError, match=f"argument {flag}: it is empty"):
+        parse([flag, ""])
 
 
 @pytest.mark.parametrize("flag", ["cuda-graphs", "individual-gates", "learn-alpha"])
