@@ -170,7 +170,7 @@ def test_every_setting_has_a_flag():
     )  # fmt: skip
     on = dict(cuda_graphs=True)
     gate = dict(gate="cosine", proj_dim=8, activation="sigmoid", vote="mean", top_k=2, alpha=0.5,
-                gate_weight="prob", route="sequence")  # fmt: skip
+                gate_weight="prob", borrow_size="own", route="sequence")  # fmt: skip
     text = "".join(f" --{n.replace('_', '-')} {v}" for n, v in (flags | gate).items())
     text += " --molex-layers 2-3 --individual-gates --learn-alpha --cuda-graphs"
     s = settings(text)
@@ -221,7 +221,7 @@ def test_bf16_rounds_the_products_and_nothing_that_is_trained(molex):
         optimizer, schedule = make_optimizer(model, s, 9)
         losses[precision] = []
         for _ in range(3):
-            losses[precision].append(train_step(model, optimizer, some_examples(tokenizer), s))
+            losses[precision].append(train_step(model, optimizer, some_examples(tokenizer, 5), s))
             schedule.step()
         trained[precision] = trained_tensors(model)
         assert {p.dtype for p in trained[precision].values()} == {torch.float32}
