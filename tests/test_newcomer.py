@@ -12,7 +12,9 @@ from conftest import call, meteor, run_main
 import eval as evaluation
 import train
 from data import TASKS, read_e2e
+from model import load
 from molex import MoLExConfig
+from support import tables
 from support.settings import parse_command
 
 FLAGS = "--max-steps 3 --train-limit 24 --dev-limit 8 --test-limit 3 --beams 2 --max-new-tokens 8"
@@ -47,6 +49,20 @@ def test_a_run_tells_what_it_is(tmp_path, capsys):
                  "--test-limit: only the first 3 of the test set"):  # fmt: skip
         assert below.count(line) == 1
     assert not bars  # no terminal, no bars
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("flags", ["fpu avx2 avx512f", "fpu avx512_bf16", "fp asimd bf16"])
+def test_bf16_without_instructions_for_it_is_said(precision, flags, tmp_path, monkeypatch, capsys):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", "utf-8")
+    has = tables.cpu_has_bf16(cpuinfo)
+    assert has == ("bf16" in flags) and tables.cpu_has_bf16(tmp_path / "of another system")
+    monkeypatch.setattr(tables, "cpu_has_bf16", lambda: has)
+    model = load("nano/gpt2")
+    model.precision = precision
+    said = tables.opening(parsed(FLAGS)[0], tmp_path, model, 0, dict(train=1, dev=1), (0, 9))
+    assert ("this processor has no bf16 instructions" in said) == (precision == "bf16" and not has)
 
 
 def test_an_epoch_that_is_not_whole_is_said(tmp_path, capsys):
