@@ -286,6 +286,7 @@ def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
     What is missing fails where it is read."""
     model = checkpoint_folder(s.model)
     kinds = "config.json generation_config.json tokenizer.json vocab.json merges.txt"
+    kinds += " tokenizer_config.json special_tokens_map.json added_tokens.json"
     kinds += " *.safetensors* pytorch_model*.bin*"
     read = sorted(file for kind in kinds.split() for file in model.glob(kind))
     found = {}

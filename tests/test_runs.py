@@ -48,7 +48,12 @@ def other_test_set(folder: Path) -> None:
     file.write_text(file.read_text().replace(" is ", " is not "))
 
 
+def other_words(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+
+
 @pytest.mark.parametrize("change, name", [(other_weights, "model.safetensors"),
+                                          (other_words, "tokenizer_config.json"),
                                           (other_test_set, "testset_w_refs.csv")])  # fmt: skip
 def test_a_finished_run_is_kept_only_for_the_files_it_was_made_of(home, failure, change, name):
     run_main(FLAGS)
