@@ -70,6 +70,18 @@ def test_a_finished_run_is_kept_only_for_the_files_it_was_made_of(home, failure,
     assert scores.read_bytes() != before
 
 
+def test_a_finished_run_is_kept_only_for_the_run_it_started_from(home, failure):
+    run_main(FLAGS)
+    first = "runs/model-e2e-lora-s0"
+    again = f"{FLAGS} --init-from {first}"
+    run_main(again)
+    run_main(again)  # kept
+    file = home / first / "adapter.safetensors"
+    save_file({n: 1.5 * w for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert f"started from {first}, which has changed" in failure(run_main, again)
+    run_main(again, "--fresh")
+
+
 def test_a_run_knows_where_its_checkpoint_was(home, failure, monkeypatch):
     """The same relative name may be another checkpoint in another folder."""
     run_main(FLAGS)
