@@ -90,12 +90,12 @@ def test_rotary_positions_for_a_part_of_the_channels_are_refused(checkpoint, tmp
         load(write(tmp_path, config, tensors))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_decoder_that_sees_later_tokens_is_refused(checkpoint, tmp_path, family):
-    """transformers' Llama heeds is_causal."""
+@pytest.mark.parametrize("family, causal", [("gpt2", False), ("llama", False), ("roberta", True)])
+def test_who_sees_whom_is_the_familys(checkpoint, tmp_path, family, causal):
+    """transformers' Llama and RoBERTa heed is_causal."""
     config, tensors = parts(checkpoint(family))
-    where = write(tmp_path, config | dict(is_causal=False), tensors)
-    with pytest.raises(InputError, match="sets is_causal to False: not supported"):
+    where = write(tmp_path, config | dict(is_causal=causal), tensors)
+    with pytest.raises(InputError, match=f"sets is_causal to {causal}: not supported"):
         load(where)
 
 
