@@ -173,6 +173,9 @@ def read_config(folder: Path) -> dict:
     where, generation = folder / "config.json", folder / "generation_config.json"
     if not where.exists():
         raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
+    if (folder / "adapter_config.json").exists():  # which transformers puts onto the model
+        what = f"{folder} holds a model and, in adapter_config.json, an adapter for one"
+        raise InputError(f"{what}; load what peft's merge_and_unload gives, or part the two")
     c = read_json(where)
     if generation.exists():
         ids = as_list(c.get("eos_token_id"))

@@ -64,7 +64,11 @@ class RunFolder:
             raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
         if not (self.path / "scores.json").exists():
             return False
-        self.check_files(s, data, "pass --fresh to replace it or --out DIR to keep both")
+        advice = "pass --fresh to replace it or --out DIR to keep both"
+        self.check_files(s, data, advice)
+        then = files.read_json(self.path / "origin.json").get("init")  # an older run has none
+        if then not in (None, init_hash(s)):
+            raise InputError(f"{self.path} started from {s.init}, which has changed; {advice}")
         with suppress(InputError), files.locked(self.path):
             pass  # so goes the lock's file that a kill at the very end has left
         return True
@@ -286,6 +290,7 @@ def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
     What is missing fails where it is read."""
     model = checkpoint_folder(s.model)
     kinds = "config.json generation_config.json tokenizer.json vocab.json merges.txt"
+    kinds += " tokenizer_config.json special_tokens_map.json added_tokens.json"
     kinds += " *.safetensors* pytorch_model*.bin*"
     read = sorted(file for kind in kinds.split() for file in model.glob(kind))
     found = {}
@@ -295,10 +300,20 @@ def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
     return found
 
 
+def init_hash(s: Settings) -> str | None:
+    """SHA-256 of what a run starts from, see --init-from."""
+    if not s.init:
+        return None
+    path = Path(s.init)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    stat = path.stat()
+    return sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
 def origin(s: Settings, data: Iterable[Path]) -> dict:
-    """What a run is made of: settings, its files' `hashes` and where its checkpoint was, versions,
-    command and date."""
-    made_of = dict(settings=s.as_json(), files=hashes(s, data))
+    """What a run is made of: settings, the hashes of its files and of what it starts from, where
+    its checkpoint was, versions, command and date."""
+    made_of = dict(settings=s.as_json(), files=hashes(s, data), init=init_hash(s))
     made_of["checkpoint"] = str(checkpoint_folder(s.model).resolve())
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
     command, date = shlex.join(sys.argv), datetime.now().astimezone().isoformat(timespec="seconds")

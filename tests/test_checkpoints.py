@@ -90,6 +90,23 @@ def test_rotary_positions_for_a_part_of_the_channels_are_refused(checkpoint, tmp
         load(write(tmp_path, config, tensors))
 
 
+@pytest.mark.parametrize("family, causal", [("gpt2", False), ("llama", False), ("roberta", True)])
+def test_who_sees_whom_is_the_familys(checkpoint, tmp_path, family, causal):
+    """transformers' Llama and RoBERTa heed is_causal."""
+    config, tensors = parts(checkpoint(family))
+    where = write(tmp_path, config | dict(is_causal=causal), tensors)
+    with pytest.raises(InputError, match=f"sets is_causal to {causal}: not supported"):
+        load(where)
+
+
+def test_an_adapter_in_a_checkpoints_folder_is_refused(checkpoint, tmp_path):
+    """transformers puts it onto the model."""
+    where = write(tmp_path, *parts(checkpoint("gpt2")))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="and, in adapter_config.json, an adapter for one"):
+        load(where)
+
+
 @pytest.mark.parametrize("said", [dict(num_hidden_layers=2), dict(num_attention_heads=2),
                                   dict(n_layer=None, num_hidden_layers=2)])  # fmt: skip
 def test_gpt2s_other_names_of_its_settings(checkpoint, tmp_path, said):

@@ -48,7 +48,12 @@ def other_test_set(folder: Path) -> None:
     file.write_text(file.read_text().replace(" is ", " is not "))
 
 
+def other_words(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+
+
 @pytest.mark.parametrize("change, name", [(other_weights, "model.safetensors"),
+                                          (other_words, "tokenizer_config.json"),
                                           (other_test_set, "testset_w_refs.csv")])  # fmt: skip
 def test_a_finished_run_is_kept_only_for_the_files_it_was_made_of(home, failure, change, name):
     run_main(FLAGS)
@@ -63,6 +68,18 @@ def test_a_finished_run_is_kept_only_for_the_files_it_was_made_of(home, failure,
     assert scores.read_bytes() == before
     run_main(FLAGS, "--fresh")
     assert scores.read_bytes() != before
+
+
+def test_a_finished_run_is_kept_only_for_the_run_it_started_from(home, failure):
+    run_main(FLAGS)
+    first = "runs/model-e2e-lora-s0"
+    again = f"{FLAGS} --init-from {first}"
+    run_main(again)
+    run_main(again)  # kept
+    file = home / first / "adapter.safetensors"
+    save_file({n: 1.5 * w for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert f"started from {first}, which has changed" in failure(run_main, again)
+    run_main(again, "--fresh")
 
 
 def test_a_run_knows_where_its_checkpoint_was(home, failure, monkeypatch):
