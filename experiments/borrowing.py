@@ -159,8 +159,10 @@ def main() -> None:
 
     T = model.config.n_layer
     ratios = size_ratios(model, texts)
-    foreign = ratios[~torch.eye(T, dtype=torch.bool)]
-    (t, j), (low, high) = divmod(ratios.argmax().item(), T), foreign.aminmax()
+    own = torch.eye(T, dtype=torch.bool)
+    foreign = ratios[~own]
+    t, j = divmod(ratios.masked_fill(own, 0).argmax().item(), T)
+    low, high = foreign.aminmax()
     print(f"{args.model}, {len(texts)} texts, every layer in every slot but its own:")
     print(f"|u_j(z_t)| / |u_t(z_t)|, median {foreign.median():.2f}, {low:.2f} to {high:.2f}")
     print(f"(layer {j} in slot {t}: its 5% have {high / 19:.2f} times the length of the other 95%)")

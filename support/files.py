@@ -145,6 +145,8 @@ def read_table(
     names = header or next(rows)[1]
     if absent := set(columns) - set(names):
         raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
+    if doubled := [name for name in columns if list(names).count(name) > 1]:
+        raise InputError(f"{path} has two columns {doubled[0]}")
     count = broken = 0
     for number, row in rows:
         where = f"{path}, line {number}"

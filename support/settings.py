@@ -194,6 +194,9 @@ def paper_settings(shape: str, task: str) -> tuple[dict, str]:
     return found | nano, "" if own else "Table 5, for RoBERTa-base"
 
 
+# What evaluation heeds beside the settings of beam search.
+OF_EVALUATION = ("eval_batch", "dev_limit", "test_limit", "precision")
+
 # --help has the settings in groups, by how their names begin; the others are of training.
 GROUPS = {
     "the LoRA": ("lora_",),
@@ -293,6 +296,21 @@ def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
     return args
 
 
+def settings_given(args: argparse.Namespace, gate: type) -> set[str]:
+    """The settings that are on the command line."""
+    return {f.name for cls in (Settings, gate) for f in fields(cls) if f.metadata} & vars(
+        args
+    ).keys()
+
+
+def refuse_training(asked: set[str], evaluation: set[str], what: str) -> None:
+    """Raise InputError if a setting is among `asked` that evaluation does not heed."""
+    if training := asked - evaluation:
+        known = ", ".join("--" + name.replace("_", "-") for name in sorted(evaluation))
+        first = min(training).replace("_", "-")
+        raise InputError(f"--{first} is a setting of training; {what} with {known}, --data")
+
+
 def evaluated_again(
     folder: Path, args: argparse.Namespace | None, gate: type
 ) -> tuple[Settings, str]:
@@ -301,16 +319,11 @@ def evaluated_again(
     s = read_settings(folder, gate)
     if args is None:
         return s, ""
-    decoding = {*s.search(), "eval_batch", "dev_limit", "test_limit", "precision"}
-    settings = {f.name for cls in (Settings, gate) for f in fields(cls) if f.metadata}
-    asked = settings & vars(args).keys()  # they are there only if they were given
     usual = dict(model=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
     usual |= dict.fromkeys(("no_molex", "compare", "fresh", "resume"), False)
-    asked |= {n for n, value in usual.items() if getattr(args, n) not in (value, s.task)}
-    if training := asked - decoding:
-        what = f"--{min(training).replace('_', '-')} is a setting of training"
-        known = ", ".join("--" + name.replace("_", "-") for name in sorted(decoding))
-        raise InputError(f"{what}; a run can be evaluated again with {known}, --data")
+    asked = {n for n, value in usual.items() if getattr(args, n) not in (value, s.task)}
+    asked |= settings_given(args, gate)
+    refuse_training(asked, {*s.search(), *OF_EVALUATION}, "a run can be evaluated again")
     wanted = {name: getattr(args, name) for name in asked}
     if args.data:
         wanted["data"] = args.data
@@ -323,12 +336,15 @@ def evaluated_again(
 
 def before_tuning(args: argparse.Namespace, gate: type) -> Settings:
     """The settings by which a model is evaluated as it is. Raises InputError."""
+    given = settings_given(args, gate)
     args.model, args.no_molex, args.tune = args.run or args.model, True, "full"
     if not args.model:  # without arguments: a demonstration
         vars(args).setdefault("test_limit", 10)
     runs = settle_all(args, gate)
     if len(runs) > 1:
         raise InputError("give one --task and one of --seeds")
+    heeded = {*runs[0].search(), *OF_EVALUATION, "max_length"}
+    refuse_training(given, heeded, "a model is evaluated as it is")
     return runs[0]
 
 

@@ -191,6 +191,13 @@ def test_a_run_is_not_evaluated_with_other_settings_of_training(run, failure):
         assert f"{said}; a run can be evaluated again with --beam-rule" in error
 
 
+@pytest.mark.parametrize("flag", ["--lr 1", "--borrow-size own", "--tune lora", "--epochs 2"])
+def test_a_model_is_not_evaluated_with_settings_of_training(flag, failure):
+    error = failure(call, evaluation, "nano/gpt2", *flag.split(), "--test-limit", 2, "--beams", 1)
+    said = f"{flag.split()[0]} is a setting of training"
+    assert f"{said}; a model is evaluated as it is with --beam-rule" in error
+
+
 def test_a_value_that_is_zero_counts(run, capsys):
     call(evaluation, "--no-repeat-ngram", "0", "--test-limit", "2", run)
     assert "no-repeat-ngram-0-test-limit-2" in capsys.readouterr().out

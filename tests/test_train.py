@@ -1035,6 +1035,7 @@ def bad_csv(tmp_path, text):
         ("csv:", "trainset.csv is empty"),
         ("csv:mr,ref\n", "holds no examples"),
         ("csv:mr,text\nname[A],b\n", "no column ref"),
+        ("csv:mr,ref,ref\nname[A],b,c\n", "two columns ref"),
         ("csv:mr,ref\nname(A),An A.\n", "trainset.csv, line 2: malformed MR"),
     ],
 )
