@@ -272,7 +272,7 @@ def test_scores_at_the_edges_equal_the_reference_implementations(coco, edge):
     assert cider(predictions, references) == pytest.approx(expected["cider"], abs=1e-12)
 
 
-@pytest.mark.parametrize("edges", [["no overlap"], ["one item"], EDGES])
+@pytest.mark.parametrize("edges", [["no overlap"], EDGES])
 def test_meteor_at_the_edges_equals_coco(coco, edges):
     predictions = [text for edge in edges for text in EDGES[edge][0]]
     references = [group for edge in edges for group in EDGES[edge][1]]
@@ -376,15 +376,15 @@ def test_metrics_without_their_packages_say_what_to_install(monkeypatch, metric,
         metric(["a"], [["a"]])
 
 
-@pytest.mark.parametrize("locale", ["de", "ar"])
-def test_scores_are_the_same_under_every_locale(monkeypatch, locale):
+def test_scores_are_the_same_under_every_locale(monkeypatch):
     """METEOR writes its statistics and reads them back; Java's tokenizer has text to encode."""
     texts = ["Café for £5, in the city centre."], [["The café costs £5 and is in the centre."]]
     expected = meteor(*texts), rouge_l(*texts)
-    ptb_tokens.cache_clear()
-    options = f"-Duser.language={locale} -Duser.country=DE -Dfile.encoding=ISO-8859-1"
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", options)
-    assert (meteor(*texts), rouge_l(*texts)) == expected
+    for locale in ("de", "ar"):
+        ptb_tokens.cache_clear()
+        options = f"-Duser.language={locale} -Duser.country=DE -Dfile.encoding=ISO-8859-1"
+        monkeypatch.setenv("JAVA_TOOL_OPTIONS", options)
+        assert (meteor(*texts), rouge_l(*texts)) == expected
 
 
 def test_ptb_tokenize_when_java_does_not_work(monkeypatch):
