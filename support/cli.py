@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import signal
 import sys
@@ -43,7 +44,7 @@ def command_line(main: Callable[[], None], resumes: str = "") -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt as stopped:
         end_interrupted(resumes, (stopped.args or [signal.SIGINT])[0])
 
@@ -53,7 +54,16 @@ def end_interrupted(resumes: str, number: int) -> None:
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     print(f"\ninterrupted{resumes and '; '}{resumes}", file=sys.stderr)
-    sys.exit(128 + number)
+    leave(128 + number)
+
+
+def leave(code: int) -> None:
+    """Exit. One of torchrun's processes does so at once: in order it may wait for the others, which
+    wait for it."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
