@@ -119,7 +119,7 @@ def read_e2e(
             check(row["mr"])
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        pairs.append((row["mr"], row["ref"]))
+        pairs.append((row["mr"].strip(), row["ref"]))
     return pairs
 
 

@@ -126,6 +126,11 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
+def read_rows(path: Path) -> list[str]:
+    """A table's lines as they are: a value at either end may be empty, or hold white space."""
+    return read_text(path).strip("\n").split("\n")
+
+
 csv.field_size_limit(2**31 - 1)  # or csv itself fails at a quotation mark that nothing closes
 
 
@@ -137,12 +142,12 @@ def read_table(
     ragged: rows with too few values, or too many, are left out, which is said. Raises InputError
     if one of `columns` or a value is missing, or if there are no rows."""
     if delimiter == ",":
-        reader = csv.reader(line + "\n" for line in read_lines(path))
+        reader = csv.reader(line + "\n" for line in read_rows(path))
         rows = ((reader.line_num, row) for row in reader if row)  # a row may go over several lines
     else:
         lines = read_text(path).rstrip("\n").split("\n")
         rows = enumerate((line.split(delimiter) for line in lines), start=1)
-    names = header or next(rows)[1]
+    names = header or [name.strip() for name in next(rows)[1]]
     if absent := set(columns) - set(names):
         raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")
     if doubled := [name for name in columns if list(names).count(name) > 1]:

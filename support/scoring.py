@@ -19,7 +19,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from support.files import InputError, read_lines
+from support.files import InputError, read_lines, read_rows
 
 Texts = list[str]
 References = list[list[str]]  # one or more for each prediction
@@ -135,7 +135,7 @@ def clean(value: str) -> str:
 def read_column(path: Path, column: str) -> list[tuple[str, str]]:
     """(MR, text) for each row of a .csv or .tsv file. The text is in `column`, or in the only one
     beside MR; without a header rows are MR, text. Raises InputError if something is missing."""
-    lines = read_lines(path)
+    lines = read_rows(path)
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in lines[0] else {}
     rows = [row for row in csv.reader((line + "\n" for line in lines), **dialect) if row]
     names = [clean(name).lower().replace("_", " ") for name in rows[0]]

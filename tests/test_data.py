@@ -46,7 +46,7 @@ from data import (
 )
 from model import Config
 from support.checkpoints import our_config
-from support.files import InputError
+from support.files import InputError, read_table
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "e2e"
 CONFIG = Config(**our_config(
@@ -239,6 +239,15 @@ def test_no_tokenizer(tmp_path, files, message):
     with pytest.raises(InputError, match=message) as caught:
         Tokenizer.load(tmp_path, CONFIG)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_table_is_read_as_csv_reads_it(tmp_path):
+    """White space at the end of a line belongs to a value that goes over several."""
+    file = tmp_path / "t.csv"
+    file.write_text('mr,ref\n  name[A],"one  \n  two"\nname[A], three \n')
+    found = [(row["mr"], row["ref"]) for _, row in read_table(file, ["mr", "ref"])]
+    with file.open(newline="") as lines:
+        assert found == [(row["mr"], row["ref"]) for row in csv.DictReader(lines)]
 
 
 def real_texts() -> list[str]:

@@ -531,6 +531,18 @@ def test_the_challenges_own_names_of_columns(tmp_path, mr, output, ref):
     assert found == (["One.", "Two."], [["First."], ["Second."]])
 
 
+def test_an_output_may_be_empty(tmp_path):
+    """A model may write nothing; an empty value counts at either end of a line."""
+    references = tmp_path / "r.csv"
+    references.write_text("mr,ref\nA,One.\nB,Two.\n")
+    for n, text in enumerate(["MR\toutput\nA\t\nB\tTwo.\n", "output\tMR\n\tA\nTwo.\tB\n",
+                              "MR\toutput\nB\tTwo.\nA\t\n"]):  # fmt: skip
+        table = tmp_path / f"{n}.tsv"
+        table.write_text(text)
+        texts, groups = read_outputs(table, references)
+        assert dict(zip(texts, groups, strict=True)) == {"": ["One."], "Two.": ["Two."]}
+
+
 def test_all_rows_of_an_mr_are_its_references(tmp_path):
     """As in the cleaned E2E data, where they do not follow each other."""
     (tmp_path / "r.csv").write_text("mr,ref\nA,a1\nB,b1\nB,b2\nA,a2\n")
