@@ -64,8 +64,8 @@ TINY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=4, help="how many, see test_kills.py")
-    parser.addoption("--damage", type=int, default=60, metavar="N",
+    parser.addoption("--kills", type=int, default=3, help="how many, see test_kills.py")
+    parser.addoption("--damage", type=int, default=30, metavar="N",
                      help="test_damage.py: damaged copies of each file (%(default)s)")  # fmt: skip
 
 

@@ -227,7 +227,8 @@ def test_ptb_tokenize_on_all_of_e2e(coco, name):
 @pytest.mark.parametrize("data", ["own", "real"])
 def test_scores_equal_the_reference_implementations(coco, data, request):
     own = (PREDICTIONS, REFERENCES)
-    predictions, references = own if data == "own" else request.getfixturevalue("real")
+    texts = own if data == "own" else request.getfixturevalue("real")
+    predictions, references = (x[:150] for x in texts)
     scores = e2e_scores(predictions, references)
     assert list(scores) == ["bleu", "nist", "meteor", "rouge_l", "cider"]
     expected = coco.scores(predictions, references)
