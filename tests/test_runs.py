@@ -176,7 +176,6 @@ def test_torchruns_processes_end_by_themselves(home, how):
         if how == "Ctrl-C":
             while process.poll() is None and not (folder / "config.json").exists():
                 time.sleep(0.1)
-            time.sleep(3)  # amid its steps
             process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=300)[0]
     assert "forcefully" not in said
