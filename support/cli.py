@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import re
 import signal
 import sys
@@ -44,7 +43,7 @@ def command_line(main: Callable[[], None], resumes: str = "") -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(2)
+        sys.exit(2)
     except KeyboardInterrupt as stopped:
         end_interrupted(resumes, (stopped.args or [signal.SIGINT])[0])
 
@@ -54,16 +53,7 @@ def end_interrupted(resumes: str, number: int) -> None:
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     print(f"\ninterrupted{resumes and '; '}{resumes}", file=sys.stderr)
-    leave(128 + number)
-
-
-def leave(code: int) -> None:
-    """Exit. One of torchrun's processes does so at once: in order it may wait for the others, which
-    wait for it."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(128 + number)
 
 
 class Parser(argparse.ArgumentParser):

@@ -65,5 +65,5 @@ def torchrun(device: torch.device) -> Iterator[torch.device]:
     except RuntimeError as error:
         if is_first() or not re.search("by peer|remote process exited", str(error)):
             raise
-        os._exit(1)  # the first has ended, and has said why; an exit in order may hang
+        raise SystemExit(1) from None  # the first has ended, and has said why
     dist.destroy_process_group()

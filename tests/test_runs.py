@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -160,27 +159,6 @@ def test_five_times_ctrl_c_is_one_line(home, delay):
     code, said = interrupted(argv, delay, 5)
     assert code == 130 and said.count("interrupted") == 1 and "Traceback" not in said
     assert not [*home.rglob("*.tmp")]
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "an error"])
-def test_torchruns_processes_end_by_themselves(home, how):
-    """All of them, when one does: torchrun, which otherwise kills them after half a minute or waits
-    for ever, has none to kill. How it ends itself is its own affair."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = [*FLAGS.split(), "--max-steps", "100000", "--epochs", "90000"]
-    folder = home / "runs/model-e2e-lora-s0"
-    with locked(folder) if how == "an error" else nullcontext():
-        process = subprocess.Popen(
-            [*torchrun, str(ROOT / "train.py"), *flags], stdout=-1, stderr=-2, text=True
-        )
-        if how == "Ctrl-C":
-            while process.poll() is None and not (folder / "config.json").exists():
-                time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=300)[0]
-    assert "forcefully" not in said
-    assert ("\ninterrupted; the same" if how == "Ctrl-C" else "is in use by process") in said
-    assert (folder / "last.pt").exists() == (how == "Ctrl-C")
 
 
 def test_who_imports_a_script_keeps_their_own_handlers():
