@@ -175,13 +175,16 @@ def main() -> None:
     print(f"\n{plain:.3f} nats a token before a layer is borrowed; then they rise by\n")
     print(f"{'borrowed':32}" + "".join(f"{title:>24}" for title in SIZES.values()))
 
-    def rise(name: str, config: MoLExConfig, pick: Pick | None, gate: dict) -> tuple[float, ...]:
-        """At each of the two sizes, with a layer that is given or with the gate of a run."""
+    def rise(
+        name: str, config: MoLExConfig, pick: Pick | None = None, gate: dict | None = None
+    ) -> tuple[float, ...]:
+        """At each of the two sizes: with the layers that are given, or else a run's gate."""
         found = []
         for size in SIZES:
             upcycle(model, replace(config, borrow_size=size))
-            give(model, Arm(pick=lambda T, seed: pick) if pick else Arm(), 0)
-            if gate:
+            if pick:
+                give(model, Arm(pick=lambda T, seed: pick), 0)
+            else:
                 ours = {n: p for n, p in model.named_parameters() if n.startswith(GATE)}
                 fill(ours, gate, f"the gate of {name} does not fit: it")
             found.append(text_loss(model, texts) - plain)
@@ -189,10 +192,10 @@ def main() -> None:
         return tuple(found)
 
     every = MoLExConfig()
-    layers = [rise(f"layer {j}", every, lambda t, j=j: j, {}) for j in range(T)]
-    others = {"the neighbour": rise("the neighbour", every, neighbour(T, 0), {})}
+    layers = [rise(f"layer {j}", every, lambda t, j=j: j) for j in range(T)]
+    others = {"the neighbour": rise("the neighbour", every, neighbour(T, 0))}
     for name, (config, gate) in gates.items():
-        others[name] = rise(name, config, None, gate)
+        others[name] = rise(name, config, gate=gate)
     plot_rises(layers, others, args.out / "borrowing.png")
     print(f"\n{args.out / 'borrowing.png'}: the same as a picture")
 

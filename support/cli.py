@@ -23,6 +23,12 @@ def pick_device(name: str | None = None) -> torch.device:
         raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
 
 
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies matrices in bfloat16; where Linux does not say, it may."""
+    words = cpuinfo.read_text("utf-8").split() if cpuinfo.exists() else ["bf16"]
+    return not {"bf16", "avx512_bf16", "amx_bf16"}.isdisjoint(words)
+
+
 def progress_bar(*args: object, **more: object) -> tqdm:
     """A progress bar, silent where stderr is no terminal."""
     return tqdm(*args, **{"disable": None, **more})

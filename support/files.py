@@ -128,7 +128,7 @@ def read_lines(path: Path) -> list[str]:
 
 def read_rows(path: Path) -> list[str]:
     """A table's lines as they are: a value at either end may be empty, or hold white space."""
-    return read_text(path).strip("\n").split("\n")
+    return read_text(path).rstrip("\n").split("\n")
 
 
 csv.field_size_limit(2**31 - 1)  # or csv itself fails at a quotation mark that nothing closes
@@ -145,8 +145,7 @@ def read_table(
         reader = csv.reader(line + "\n" for line in read_rows(path))
         rows = ((reader.line_num, row) for row in reader if row)  # a row may go over several lines
     else:
-        lines = read_text(path).rstrip("\n").split("\n")
-        rows = enumerate((line.split(delimiter) for line in lines), start=1)
+        rows = enumerate((line.split(delimiter) for line in read_rows(path)), start=1)
     names = header or [name.strip() for name in next(rows)[1]]
     if absent := set(columns) - set(names):
         raise InputError(f"{path} has no column {' and no column '.join(sorted(absent))}")

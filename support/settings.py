@@ -298,9 +298,8 @@ def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
 
 def settings_given(args: argparse.Namespace, gate: type) -> set[str]:
     """The settings that are on the command line."""
-    return {f.name for cls in (Settings, gate) for f in fields(cls) if f.metadata} & vars(
-        args
-    ).keys()
+    settings = {f.name for cls in (Settings, gate) for f in fields(cls) if f.metadata}
+    return settings & vars(args).keys()  # they are there only if they were given
 
 
 def refuse_training(asked: set[str], evaluation: set[str], what: str) -> None:

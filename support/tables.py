@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from support.cli import cpu_has_bf16
 from support.files import locate
 from support.pictures import plot_curves
 from support.runs import RunFolder
@@ -72,12 +73,6 @@ def departures(runs: list[Settings], out: Path, tasks: Tasks) -> list[str]:
     return list(dict.fromkeys(lines))  # without repetition
 
 
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies matrices in bfloat16; where Linux does not say, it may."""
-    words = cpuinfo.read_text("utf-8").split() if cpuinfo.exists() else ["bf16"]
-    return not {"bf16", "avx512_bf16", "amx_bf16"}.isdisjoint(words)
-
-
 def opening(
     s: Settings,
     folder: Path,
@@ -98,9 +93,7 @@ def opening(
     steps_left = f"steps {done + 1:,} to {end:,}" if done < end else f"all {end:,} steps are done,"
     lines.append(f"  {steps_left} on {model.device} in {precision}, written to {folder}")
     if model.bf16 and model.device.type == "cpu" and not cpu_has_bf16():
-        lines.append(
-            "  this processor has no bf16 instructions: --precision float32 is many times faster"
-        )
+        lines.append("  this processor has no bf16 instructions: --precision float32 is faster")
     if s.warm_steps(end) >= end:
         lines.append(f"  the rate rises for {s.warm_steps(end):g} steps: it never is --lr {s.lr:g}")
     if end == 1 and s.warmup:

@@ -605,7 +605,7 @@ def test_smollm2_learns(smollm2, tmp_path, monkeypatch):
     """Eight steps of a real pretrained model: the loss on what it is taught falls, and so does the
     perplexity of what is held out."""
     path = write(tmp_path / "alpaca.json", instructions(9))
-    s = settings(smollm2, f"--data {path} --lr 1e-3 --epochs 2 --batch-size 2", True)
+    s = settings(smollm2, f"--data {path} --lr 1e-3 --epochs 2 --batch-size 2")
     model, tokenizer = prepare(s, CPU)
     monkeypatch.setattr(train, "prepare", lambda *_: (model, tokenizer))  # loaded once is enough
     _, dev = train.read_data(s, tokenizer, s.max_length)

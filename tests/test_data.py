@@ -250,6 +250,12 @@ def test_a_table_is_read_as_csv_reads_it(tmp_path):
         assert found == [(row["mr"], row["ref"]) for row in csv.DictReader(lines)]
 
 
+def test_a_blank_first_line_of_a_table_counts_as_a_line(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("\n\nmr,ref\nname[A],An A.\n")
+    assert [where for where, _ in read_table(file, ["mr", "ref"])] == [f"{file}, line 4"]
+
+
 def real_texts() -> list[str]:
     """All of E2E, and every 40th line of the corpus: some thousands, of every kind."""
     lines = [

@@ -53,7 +53,7 @@ def test_a_run_tells_what_it_is(tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 @pytest.mark.parametrize("flags", ["fpu avx2 avx512f", "fpu avx512_bf16", "fp asimd bf16"])
-def test_bf16_without_instructions_for_it_is_said(precision, flags, tmp_path, monkeypatch, capsys):
+def test_bf16_without_instructions_for_it_is_said(precision, flags, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", "utf-8")
     has = tables.cpu_has_bf16(cpuinfo)
