@@ -429,7 +429,7 @@ def read_run(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
     s = read_settings(folder, MoLExConfig)
     if s.task not in TASKS:
         raise InputError(f"{folder / 'config.json'}: there is no task {s.task!r}")
-    return s, RunFolder(folder).best()
+    return s, RunFolder(folder).best(s)
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Transformer, Tokenizer, Settings]:
@@ -523,8 +523,7 @@ def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
     mrs, references = group_references(read_e2e(s.data, "test"))
     mrs = mrs[: s.test_limit]
     references = [[clean(r) for r in group] for group in references[: s.test_limit]]
-    prompts = [e2e_prompt(mr) for mr in mrs]
-    outputs = generate(model, tokenizer, prompts, s.eval_batch, **s.search())
+    outputs = generate(model, tokenizer, [e2e_prompt(mr) for mr in mrs], s.eval_batch, **s.search())
     return mrs, [clean(" ".join(output.split())) for output in outputs], references
 
 
@@ -532,9 +531,10 @@ def answer(text: str, model: Transformer, tokenizer: Tokenizer, s: Settings) -> 
     """The answer to a prompt in the form that the run's task gives it."""
     if s.task in GLUE:
         raise InputError("a classifier answers no --prompt; give a model or a run of e2e or alpaca")
-    text = alpaca_prompt(text) if s.task == "alpaca" else text
-    prompt = encode_prompt(tokenizer, text, s.task)
-    return generate(model.eval(), tokenizer, [prompt], **s.search())[0]
+    if s.task == "alpaca" or "[" in text:  # Alpaca's form, or that of an MR
+        text = (alpaca_prompt if s.task == "alpaca" else e2e_prompt)(text)
+    ids = encode_prompt(tokenizer, text, s.task)
+    return generate(model.eval(), tokenizer, [ids], **s.search())[0]
 
 
 def main() -> None:
@@ -546,7 +546,7 @@ def main() -> None:
     elif is_run(folder):
         s = evaluated_again(folder, args, MoLExConfig)[0]
         if args.prompt is not None:
-            return print(answer(args.prompt, *load_run(folder, device)[:2], s))
+            return print(answer(args.prompt, *load_model(folder, device), s))
         task, scores = s.task, evaluate_run(folder, device, args)
     else:  # a model before fine-tuning
         s = before_tuning(args, MoLExConfig)

@@ -204,7 +204,7 @@ def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     with locked(folder), PATCH(train, "collate", collate), PATCH(evaluation, "collate", collate):
         train.fit(s, folder, model, examples, dev)
         if s.task != "e2e":
-            fill(trained_tensors(model), RunFolder(folder).best(), folder)
+            fill(trained_tensors(model), RunFolder(folder).best(s), folder)
         scores = evaluation.dev_scores(model.eval(), s.task, dev, s.eval_batch)
         if s.task == "e2e":
             merge(model)

@@ -2,7 +2,7 @@
 
 Inside, a LoRA is two tensors for each projection, "layers.blocks.0.attn.q.A" (r, in) and ".B" (out,
 r). families.toml has peft's names, family by family. Reading is strict: a setting that may change
-what the tensors mean and a tensor that nobody uses are errors.
+what the tensors mean and a tensor that nobody uses, peft included, are errors.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.checkpoints import FAMILIES
+from support.checkpoints import FAMILIES, as_list
 from support.files import InputError, check, read_json, read_tensors, write_atomic, write_json
 
 Tensors = dict[str, Tensor]
@@ -23,14 +23,16 @@ GATE = ("layers.gates.", "layers.alpha")  # how the names of MoLEx's own paramet
 PREFIX = "base_model.model."  # how the names in peft's files begin
 
 # What adapter_config.json may say, by peft's names. READ is used, see `check`. Of CHOICES these
-# values are as good as the default. SILENT says how the LoRA was made; the tensors say the rest.
+# values are as good as the default. SELECTION says which modules have one. SILENT says how the LoRA
+# was made; the tensors say the rest.
 READ = dict(r=(int, 1, 4096), lora_alpha=(float, -1e9, 1e9), lora_dropout=(float, 0, 1))
 READ |= dict(use_rslora=(bool, None))
 STARTS = (True, "gaussian", "orthogonal", "eva", "mica")  # others change the model's own weights
 CHOICES = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=STARTS)
+SELECTION = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), str)
+SELECTION |= dict(layers_to_transform=int, layers_pattern=str)  # one, a list, or null
 SILENT = (
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
     "fan_in_fan_out megatron_core qalora_group_size ensure_weight_tying loftq_config eva_config "
     "corda_config lora_ga_config runtime_config"
 ).split()
@@ -130,15 +132,56 @@ def in_peft_names(tensors: Tensors, family: str) -> tuple[Tensors, list[str]]:
 def read_peft_config(path: Path) -> dict:
     """What adapter_config.json says. Raises InputError, with its name, for a field that is set and
     not known to leave the meaning of the tensors alone."""
-    config = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path)
+    absent = dict.fromkeys(SELECTION) | dict(lora_dropout=0.0, use_rslora=False)
+    config = absent | read_json(path)
     for name, value in config.items():
-        known = name in SILENT or name in READ or value in CHOICES.get(name, ())
+        known = name in (*SILENT, *READ, *SELECTION) or value in CHOICES.get(name, ())
         if value and not known:  # what is off, null or empty does nothing
             what = f"{path} sets {name} to {reprlib.repr(value)}, which is not supported"
             raise InputError(
                 f"{what}; try peft's merge_and_unload and load the model that it gives"
             )
-    return check(config, READ, path)
+    check(config, READ, path)
+    for name, kind in SELECTION.items():
+        if any(type(value) is not kind for value in as_list(config[name])):
+            what = f"{path}: {name} is {reprlib.repr(config[name])}"
+            raise InputError(f"{what}, not {kind.__name__}, a list of it, or null")
+        try:
+            re.compile("|".join(map(str, as_list(config[name]))))
+        except re.error:
+            what = f"{path}: {name}, {reprlib.repr(config[name])}"
+            raise InputError(f"{what}, is no regular expression") from None
+    return config
+
+
+def is_selected(module: str, config: dict, default: list[str]) -> bool:
+    """Whether peft (0.21) gives a module, by its name from the model's root, a LoRA. default: the
+    targets where the config names none. A target is a module's whole name or the end of it; where
+    all are one string, it is a regular expression, and layers do not count."""
+
+    def named(names: str | list[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names)
+
+    targets = config["target_modules"] or default
+    saved = as_list(config["modules_to_save"])
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        return False
+    if config["exclude_modules"] and named(config["exclude_modules"]):
+        return False
+    if targets == "all-linear":
+        return True
+    if not named(targets):
+        return False
+    layers = as_list(config["layers_to_transform"])
+    if not layers or isinstance(targets, str):
+        return True
+    # The layer's number follows one of the patterns, or else the first name below the root.
+    starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(config["layers_pattern"])]
+    found = (re.match(rf"{start}\.(?P<i>\d+)\.", module) for start in starts or [r".*?\.[^.]*"])
+    first = next((match for match in found if match), None)
+    return first is not None and int(first["i"]) in layers
 
 
 def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Tensors]:
@@ -153,6 +196,7 @@ def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Te
     pattern = re.compile(rf"({stem}\.)?{layers}\.(\d+)\.(\S+)\.lora_([AB])\.weight")
     fused = {"attn.c_attn": "qv"} if family == "gpt2" else {}
     paths = {theirs: p for p, theirs in hub["peft"].items()} | fused
+    default = [theirs.split(".")[-1] for theirs, p in paths.items() if p in "qv"]  # peft's
     lora, head = {}, {}
     for key, w in read_tensors(newer if newer.exists() else older).items():
         name = key.removeprefix(PREFIX)
@@ -161,6 +205,9 @@ def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Te
             head[hub["peft_head"][name]] = w
         elif match is None or match[3] not in paths or w.dim() != 2:
             raise InputError(f"{folder} holds {key}, which is not a LoRA on q, k, v or o here")
+        elif not is_selected(name[: name.index(".lora_")], config, default):
+            what = f"{folder} holds {key}, but its adapter_config.json selects other modules"
+            raise InputError(f"{what}, so peft would leave it out")
         else:
             _, i, path, side = match.groups()
             parts = {paths[path]: w}

@@ -65,6 +65,19 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     return check(config, dict(d_head=COUNT, max_positions=COUNT), where)
 
 
+def check_dropouts(path: Path) -> None:
+    """Raise InputError if a config.json has several dropouts, of which a model here has one. It
+    matters in training only."""
+    c = read_json(path)
+    family, ours = c["model_type"], our_config(c, path)["dropout"]
+    for name, default in FAMILIES[family]["dropouts"].items():
+        theirs = c.get(name, default)
+        if theirs not in (None, "", ours):
+            named = (NAMES | FAMILIES[family]["names"])["dropout"]
+            what = f"{path} sets {name} to {reprlib.repr(theirs)}, {named} to {ours}"
+            raise InputError(f"{what}; training here has one dropout: choose it with --dropout")
+
+
 def as_list(value: object) -> list:
     """A value that may be a list, or null for an empty one."""
     if value is None:

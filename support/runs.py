@@ -45,6 +45,9 @@ def is_run(folder: Path) -> bool:
     return (folder / "adapter.safetensors").exists() or (folder / "last.pt").exists()
 
 
+PUT_BACK = "put that back, or train anew with train.py --fresh"
+
+
 class RunFolder:
     """One run on disk. `metric` finds its best epoch: the lowest dev_loss, or the highest other."""
 
@@ -166,8 +169,10 @@ class RunFolder:
             return min(log, key=lambda entry: entry["dev_loss"])
         return max(log, key=lambda entry: entry[self.metric])
 
-    def best(self) -> dict[str, Tensor]:
-        """What the best epoch has trained. Raises InputError."""
+    def best(self, s: Settings) -> dict[str, Tensor]:
+        """What the best epoch has trained. Raises InputError, also if the run was made of another
+        checkpoint."""
+        self.check_files(s, (), PUT_BACK)
         return files.read_tensors(self.path / "adapter.safetensors")
 
     # --- what evaluation finds
@@ -179,8 +184,7 @@ class RunFolder:
         """Where the evaluation goes: this folder, or one within it if the run is unfinished, or is
         evaluated `again` with other settings. Raises InputError if the run was made of another
         checkpoint or, unless they may be others, other data."""
-        advice = "put that back, or train anew with train.py --fresh"
-        self.check_files(s, () if again else data, advice)
+        self.check_files(s, () if again else data, PUT_BACK)
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:

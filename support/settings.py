@@ -22,7 +22,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from support.checkpoints import checkpoint_folder, read_config
+from support.checkpoints import check_dropouts, checkpoint_folder, read_config
 from support.cli import Parser, at_least, layer_range, plain_path
 from support.files import InputError, check, read_json
 from support.processes import say
@@ -271,6 +271,8 @@ def parse_command(
     if args.help:
         print_help(gate, tasks, args)
     runs = settle_all(args, gate)
+    if "dropout" not in vars(args) and any(s.task not in ("e2e", "alpaca") for s in runs):
+        check_dropouts(checkpoint_folder(args.model) / "config.json")
     say_idle(args, runs, gate)
     return args, runs
 
@@ -291,9 +293,18 @@ def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     outputs = [args.predictions, args.references]
-    if any(outputs) and (args.run or args.prompt or not all(outputs)):
+    others = [args.run, args.data, args.prompt is not None, asked_for(args, gate)]
+    if any(outputs) and (any(others) or not all(outputs)):
         raise InputError("give --predictions FILE and --references FILE, and nothing else")
     return args
+
+
+def asked_for(args: argparse.Namespace, gate: type) -> set[str]:
+    """Which of train.py's flags, but --data and --device, are on the command line."""
+    usual = dict(model=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
+    usual |= dict.fromkeys(("no_molex", "compare", "fresh", "resume"), False)
+    asked = {name for name, value in usual.items() if getattr(args, name) != value}
+    return asked | settings_given(args, gate)
 
 
 def settings_given(args: argparse.Namespace, gate: type) -> set[str]:
@@ -318,10 +329,9 @@ def evaluated_again(
     s = read_settings(folder, gate)
     if args is None:
         return s, ""
-    usual = dict(model=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
-    usual |= dict.fromkeys(("no_molex", "compare", "fresh", "resume"), False)
-    asked = {n for n, value in usual.items() if getattr(args, n) not in (value, s.task)}
-    asked |= settings_given(args, gate)
+    asked = asked_for(args, gate)
+    if args.task == s.task:
+        asked.discard("task")
     refuse_training(asked, {*s.search(), *OF_EVALUATION}, "a run can be evaluated again")
     wanted = {name: getattr(args, name) for name in asked}
     if args.data:
@@ -336,6 +346,8 @@ def evaluated_again(
 def before_tuning(args: argparse.Namespace, gate: type) -> Settings:
     """The settings by which a model is evaluated as it is. Raises InputError."""
     given = settings_given(args, gate)
+    if args.run and args.model:
+        raise InputError(f"give one model, {args.run} or --model {args.model}")
     args.model, args.no_molex, args.tune = args.run or args.model, True, "full"
     if not args.model:  # without arguments: a demonstration
         vars(args).setdefault("test_limit", 10)

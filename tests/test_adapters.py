@@ -13,7 +13,11 @@ import torch
 from conftest import VOCAB, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    GPT2ForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from lora import LoRA, adapt, add_lora, load_lora, loras, merge, save_lora, trained_tensors
 from model import ClassificationHead, Transformer, load
@@ -64,9 +68,11 @@ def edit(folder: Path, **changes: object) -> None:
 
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
 CHOICES = {"peft_type", "bias", "init_lora_weights"}  # some values only
+SELECTION = set(  # which modules have a LoRA: see test_tensors_that_peft_leaves_out_are_refused
+    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save".split()
+)
 SILENT = set(  # about the making of an adapter; the tensors say what came of it
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
     "fan_in_fan_out megatron_core qalora_group_size ensure_weight_tying loftq_config eva_config "
     "corda_config lora_ga_config runtime_config".split()
 )
@@ -88,7 +94,7 @@ def test_every_field_of_peft_is_understood_or_refused_by_name(checkpoint, saved,
     if field.name in SILENT:
         load_lora(model, saved)
         assert torch.equal(model(IDS), expected)
-    elif field.name not in READ | {"init_lora_weights"}:  # for these see below
+    elif field.name not in READ | SELECTION | {"init_lora_weights"}:  # for these see below
         message = f"adapter_config.json sets {field.name} to .*, which is not supported; try peft"
         with pytest.raises(InputError, match=message):
             load_lora(model, saved)
@@ -96,7 +102,78 @@ def test_every_field_of_peft_is_understood_or_refused_by_name(checkpoint, saved,
 
 
 def test_the_lists_above_name_fields_of_peft():
-    assert READ | CHOICES | SILENT <= {field.name for field in fields(peft.LoraConfig)}
+    assert READ | CHOICES | SELECTION | SILENT <= {field.name for field in fields(peft.LoraConfig)}
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        dict(target_modules=["q_proj"]),
+        dict(target_modules=["proj"]),  # the end of a name, but not from a dot on
+        dict(target_modules=["self_attn.q_proj", "v_proj"]),
+        dict(target_modules=["model.layers.0.self_attn.q_proj", "v_proj"]),
+        dict(target_modules=r".*\.[qv]_proj"),
+        dict(target_modules=r".*\.1\..*\.[qv]_proj"),
+        dict(target_modules="all-linear"),
+        dict(target_modules=None),
+        dict(target_modules=None, exclude_modules=["k_proj"]),
+        dict(exclude_modules=["v_proj"]),
+        dict(exclude_modules=["model.layers.1.self_attn.v_proj"]),
+        dict(exclude_modules=r".*\.layers\.0\..*"),
+        dict(exclude_modules="v_proj"),  # a regular expression for the whole name
+        dict(layers_to_transform=0),
+        dict(layers_to_transform=[0]),
+        dict(layers_to_transform=list(range(8))),
+        dict(layers_to_transform=[]),
+        dict(layers_to_transform=[1], layers_pattern="layers"),
+        dict(layers_to_transform=list(range(8)), layers_pattern=["blocks", "layers"]),
+        dict(layers_to_transform=list(range(8)), layers_pattern="blocks"),
+    ],
+    ids=str,
+)
+def test_tensors_that_peft_leaves_out_are_refused(checkpoint, saved, selection):
+    base, ours = checkpoint("llama"), load(checkpoint("llama"))
+    whole = load_lora(load(base), saved)(IDS)
+    edit(saved, **selection)
+    try:
+        theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), saved)
+        same = torch.allclose(theirs(IDS).logits, whole, rtol=0, atol=1e-4)
+    except ValueError:  # it selects nothing
+        same = False
+    if same:
+        load_lora(ours, saved)
+        same_logits(ours, theirs)
+    else:
+        with pytest.raises(InputError, match="selects other modules, so peft would leave it out"):
+            load_lora(ours, saved)
+        assert not loras(ours)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "roberta", "llama"])
+def test_without_targets_a_config_means_those_of_peft_for_the_family(checkpoint, tmp_path, family):
+    save_lora(move(add_lora(load(checkpoint(family)), 4, 24)), tmp_path / "lora")
+    edit(tmp_path / "lora", target_modules=None)
+    assert loras(load_lora(load(checkpoint(family)), tmp_path / "lora"))
+    if family != "gpt2":  # it has q, k and v in one
+        save_lora(move(add_lora(load(checkpoint(family)), 4, 24, 0.0, tuple("qkv"))), tmp_path)
+        edit(tmp_path, target_modules=None)
+        with pytest.raises(InputError, match="selects other modules"):
+            load_lora(load(checkpoint(family)), tmp_path)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "layers_to_transform", "exclude_modules"])
+@pytest.mark.parametrize("value", [2.5, [2.5], [None], {"a": 1}, True])
+def test_a_selection_of_another_type(checkpoint, saved, field, value):
+    edit(saved, **{field: value})
+    with pytest.raises(InputError, match=f"adapter_config.json: {field} is "):
+        load_lora(load(checkpoint("llama")), saved)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_selection_that_is_no_regular_expression(checkpoint, saved, field):
+    edit(saved, **{field: "*_proj"})
+    with pytest.raises(InputError, match=r"adapter_config.json: .* is no regular expression"):
+        load_lora(load(checkpoint("llama")), saved)
 
 
 @pytest.mark.parametrize("value", [None, False, {}, [], ""])

@@ -4,6 +4,7 @@ pytest tests/test_checkpoints.py
 """
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import train
 from data import GLUE, Tokenizer
 from eval import beam_search
 from model import Config, load
@@ -269,3 +271,49 @@ def test_classes_that_are_none_are_refused(checkpoint, tmp_path, names):
 def test_a_masked_lm_has_no_classifier_to_speak_of(checkpoint, capsys):
     load(checkpoint("roberta"), head=3, task="mnli")
     assert not capsys.readouterr().out
+
+
+ONE_DROPOUT = [
+    ("gpt2", dict(resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1)),
+    ("gpt2", dict(resid_pdrop=0.1)),  # the others' default
+    ("roberta", dict(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)),
+    ("roberta", dict(hidden_dropout_prob=0.1, classifier_dropout=None)),
+    ("llama", dict(attention_dropout=0.0)),
+]
+SEVERAL = [
+    ("gpt2", dict(resid_pdrop=0.1, attn_pdrop=0.0), "attn_pdrop to 0.0, resid_pdrop to 0.1"),
+    ("gpt2", dict(resid_pdrop=0.0), "embd_pdrop to 0.1, resid_pdrop to 0.0"),
+    ("roberta", dict(attention_probs_dropout_prob=0.3), "attention_probs_dropout_prob to 0.3"),
+    ("roberta", dict(classifier_dropout=0.3), "classifier_dropout to 0.3, hidden_dropout_prob to"),
+    ("llama", dict(attention_dropout=0.2), "attention_dropout to 0.2"),
+]
+
+
+def with_dropouts(base: Path, folder: Path, dropouts: dict) -> Path:
+    """A copy of a checkpoint that says of dropout no more than that."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config = {n: x for n, x in config.items() if "dropout" not in n and "pdrop" not in n}
+    (folder / "config.json").write_text(json.dumps(config | dropouts))
+    return folder
+
+
+@pytest.mark.parametrize("family, said", ONE_DROPOUT)
+def test_a_dropout_that_is_one_is_trained_with(checkpoint, tmp_path, family, said):
+    model = with_dropouts(checkpoint(family), tmp_path / "model", said)
+    s = train.parse(["--model", str(model), "--task", "cola", "--no-molex"])[1][0]
+    assert s.dropout == max(x or 0.0 for x in said.values())
+
+
+@pytest.mark.parametrize("family, said, message", SEVERAL)
+def test_dropouts_that_differ_are_refused_where_they_matter(
+    checkpoint, tmp_path, family, said, message
+):
+    model = with_dropouts(checkpoint(family), tmp_path / "model", said)
+    load(model)
+    flags = ["--model", str(model), "--task", "cola", "--no-molex"]
+    with pytest.raises(InputError, match=f"sets {message}.* choose it with --dropout"):
+        train.parse(flags)
+    assert train.parse([*flags, "--dropout", "0.05"])[1][0].dropout == 0.05
+    if family != "roberta":  # on E2E the pretrained model's dropout is the setting's
+        train.parse(["--model", str(model), "--task", "e2e"])

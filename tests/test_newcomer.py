@@ -211,6 +211,38 @@ def test_precision_is_that_of_the_evaluation(run, monkeypatch):
     assert seen == [True, False]
 
 
+def test_a_prompt_is_put_into_the_form_of_the_run(run, capsys, failure):
+    said = []
+    for prompt in ("name[Aromi], eatType[pub]", "name : Aromi | Type : pub"):
+        call(evaluation, run, "--beams", "1", "--prompt", prompt)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "malformed MR 'name[Aromi'" in failure(call, evaluation, run, "--prompt", "name[Aromi")
+
+
+def test_a_prompt_of_no_mr_is_read_as_it_is(capsys):
+    call(evaluation, "nano/gpt2", "--beams", "1", "--prompt", "The pub")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr 1", "--data x", "--model nano/gpt2", "--beams 2", "--seeds 1", "--no-molex", "nano/gpt2"]
+    + [("--prompt", "")],
+)
+def test_predictions_are_scored_alone(flags, tmp_path, failure):
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-8")
+    files = ["--predictions", tmp_path / "a.txt", "--references", tmp_path / "a.txt"]
+    flags = flags.split() if isinstance(flags, str) else flags
+    error = failure(call, evaluation, *files, *flags)
+    assert "give --predictions FILE and --references FILE, and nothing else" in error
+
+
+def test_two_models_are_one_too_many(failure):
+    error = failure(call, evaluation, "nano/gpt2", "--model", "gpt2")
+    assert "give one model, nano/gpt2 or --model gpt2" in error
+
+
 @pytest.mark.parametrize("flags", [["--task", "glue"], ["--task", "cola", "--seeds", "0", "1"]])
 def test_a_model_is_evaluated_on_one_task(flags, failure):
     assert "give one --task" in failure(call, evaluation, "nano/roberta", *flags)

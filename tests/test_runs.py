@@ -91,8 +91,9 @@ def test_a_run_knows_where_its_checkpoint_was(home, failure, monkeypatch):
         shutil.copytree(home / name, elsewhere / name)
     other_weights(elsewhere / "model")
     monkeypatch.chdir(elsewhere)
-    error = failure(call, evaluation, home / "runs/model-e2e-lora-s0")
-    assert f"another model.safetensors (the checkpoint was {home / 'model'})" in error
+    for flags in ([], ["--prompt", "name[A]"]):
+        error = failure(call, evaluation, home / "runs/model-e2e-lora-s0", *flags)
+        assert f"another model.safetensors (the checkpoint was {home / 'model'})" in error
 
 
 def test_a_runs_files_have_the_same_permissions(home):
