@@ -6,8 +6,9 @@ symbols, is merged pair by pair (Sennrich et al., 2016; Radford et al., 2019). A
 has vocab.json and merges.txt, which are read as the tokenizer.json that they stand for. A step that
 is not computed here exactly is refused by its name. By intention unread: a tokenizer.json's
 truncation and padding, which transformers replaces at every call, and what its post_processor puts
-after a text, which each task here decides. Characters newer than Unicode 16 may be letters here and
-unknown to `tokenizers`.
+after a text, which each task here decides. A tokenizer.json's own pre_tokenizer counts, as in
+`tokenizers`; for GPT2Tokenizer and Qwen2Tokenizer transformers 5 puts another in its place.
+Characters newer than Unicode 16 may be letters here and unknown to `tokenizers`.
 """
 
 import heapq

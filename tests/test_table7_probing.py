@@ -30,6 +30,7 @@ from model import load
 from molex import MoLExConfig, upcycle
 from support.checkpoints import checkpoint_folder
 from support.files import write_text
+from support.runs import origin
 from support.settings import PAPER, Settings
 
 TEXTS = [r for s in ("train", "dev", "test") for _, r in read_e2e(Path("nano/e2e"), s)]
@@ -326,6 +327,7 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path):
         tensors = {n: strength * torch.randn_like(p) for n, p in trained_tensors(model).items()}
         save_file(tensors, tmp_path / "adapter.safetensors")
         write_text(tmp_path / "config.json", json.dumps(s.as_json()))
+        write_text(tmp_path / "origin.json", json.dumps(origin(s, [])))
         flags = ("--tasks", "SentLen", "--size", "24")
         tables.append(run("--model", str(tmp_path), *flags)[0])
     assert tables[0] == run("--model", "nano/gpt2", *flags)[0] != tables[1]
