@@ -147,7 +147,7 @@ def read_peft_config(path: Path) -> dict:
             what = f"{path}: {name} is {reprlib.repr(config[name])}"
             raise InputError(f"{what}, not {kind.__name__}, a list of it, or null")
         try:
-            re.compile("|".join(map(str, as_list(config[name]))))
+            [re.compile(str(value)) for value in as_list(config[name])]
         except re.error:
             what = f"{path}: {name}, {reprlib.repr(config[name])}"
             raise InputError(f"{what}, is no regular expression") from None
@@ -177,7 +177,7 @@ def is_selected(module: str, config: dict, default: list[str]) -> bool:
     layers = as_list(config["layers_to_transform"])
     if not layers or isinstance(targets, str):
         return True
-    # The layer's number follows one of the patterns, or else the first name below the root.
+    # The layer's number follows one of the patterns or, without any, a name that is not the first.
     starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(config["layers_pattern"])]
     found = (re.match(rf"{start}\.(?P<i>\d+)\.", module) for start in starts or [r".*?\.[^.]*"])
     first = next((match for match in found if match), None)

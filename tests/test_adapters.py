@@ -169,9 +169,10 @@ def test_a_selection_of_another_type(checkpoint, saved, field, value):
         load_lora(load(checkpoint("llama")), saved)
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_a_selection_that_is_no_regular_expression(checkpoint, saved, field):
-    edit(saved, **{field: "*_proj"})
+@pytest.mark.parametrize("value", ["*_proj", "(", ["(", ")"]], ids=str)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_selection_that_is_no_regular_expression(checkpoint, saved, field, value):
+    edit(saved, **{field: value})
     with pytest.raises(InputError, match=r"adapter_config.json: .* is no regular expression"):
         load_lora(load(checkpoint("llama")), saved)
 
