@@ -19,7 +19,7 @@ every slot, a gate that chooses it, an alpha, and more compute. Here each has an
     learned                       MoLEx with a learned alpha
     lora-long                     LoRA with twice the steps, about what MoLEx computes
 
-    python experiments/controls.py                    small: nano/gpt2 on E2E, one seed, 6 minutes
+    python experiments/controls.py                    small: nano/gpt2 on E2E, one seed, 8 minutes
     python experiments/controls.py --seeds 0 1 2 3 4                  the embedded default, in full
     python experiments/controls.py --model smollm2 --data DIR --max-steps 150 --seeds 0 1 2 \
         --arms lora molex neighbour
