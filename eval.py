@@ -529,12 +529,12 @@ def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
 
 def answer(text: str, model: Transformer, tokenizer: Tokenizer, s: Settings) -> str:
     """The answer to a prompt in the form that the run's task gives it."""
-    if s.task in GLUE:
-        raise InputError("a classifier answers no --prompt; give a model or a run of e2e or alpaca")
-    if s.task == "alpaca" or "[" in text:  # Alpaca's form, or that of an MR
-        text = (alpaca_prompt if s.task == "alpaca" else e2e_prompt)(text)
-    ids = encode_prompt(tokenizer, text, s.task)
-    return generate(model.eval(), tokenizer, [ids], **s.search())[0]
+    if s.task == "alpaca":
+        text = alpaca_prompt(text)
+    elif s.epochs and "[" in text:  # an MR; a model before fine-tuning reads a text as it is
+        text = e2e_prompt(text)
+    model.eval().precision = s.precision
+    return generate(model, tokenizer, [encode_prompt(tokenizer, text, s.task)], **s.search())[0]
 
 
 def main() -> None:

@@ -146,49 +146,44 @@ def read_peft_config(path: Path) -> dict:
         if any(type(value) is not kind for value in as_list(config[name])):
             what = f"{path}: {name} is {reprlib.repr(config[name])}"
             raise InputError(f"{what}, not {kind.__name__}, a list of it, or null")
-        try:
-            [re.compile(str(value)) for value in as_list(config[name])]
-        except re.error:
-            what = f"{path}: {name}, {reprlib.repr(config[name])}"
-            raise InputError(f"{what}, is no regular expression") from None
     return config
 
 
 def is_selected(module: str, config: dict, default: list[str]) -> bool:
     """Whether peft (0.21) gives a module, by its name from the model's root, a LoRA. default: the
-    targets where the config names none. A target is a module's whole name or the end of it; where
-    all are one string, it is a regular expression, and layers do not count."""
+    targets where the config is silent. In a list each is a module's whole name or the end of it;
+    one string is a regular expression, which peft takes only without layers. Raises re.error."""
 
     def named(names: str | list[str]) -> bool:
         if isinstance(names, str):
             return re.fullmatch(names, module) is not None
         return any(f".{module}".endswith(f".{name}") for name in names)
 
-    targets = config["target_modules"] or default
+    targets = default if config["target_modules"] is None else config["target_modules"]
     saved = as_list(config["modules_to_save"])
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
     if config["exclude_modules"] and named(config["exclude_modules"]):
         return False
-    if targets == "all-linear":
-        return True
-    if not named(targets):
+    if not named(targets) and str(targets).lower() != "all-linear":
         return False
     layers = as_list(config["layers_to_transform"])
     if not layers or isinstance(targets, str):
-        return True
+        return not layers
     # The layer's number follows one of the patterns or, without any, a name that is not the first.
-    starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(config["layers_pattern"])]
-    found = (re.match(rf"{start}\.(?P<i>\d+)\.", module) for start in starts or [r".*?\.[^.]*"])
+    starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(config["layers_pattern"] or None)]
+    starts = starts or [r".*?\.[^.]*"]
+    found = (re.match(rf"{start}\.(?P<idx>\d+)\.", module) for start in starts)
     first = next((match for match in found if match), None)
-    return first is not None and int(first["i"]) in layers
+    return first is not None and int(first["idx"]) in layers
 
 
 def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Tensors]:
     """The LoRA in peft's folder and, if there is one, the head of a RoBERTa classifier. Raises
     InputError if the folder sets or holds anything else."""
     folder, hub = Path(folder), FAMILIES[family]
-    config = read_peft_config(folder / "adapter_config.json")
+    where = folder / "adapter_config.json"
+    config = read_peft_config(where)
     newer, older = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not newer.exists() and not older.exists():
         raise InputError(f"{folder} holds no {newer.name} and no {older.name}")
@@ -196,7 +191,8 @@ def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Te
     pattern = re.compile(rf"({stem}\.)?{layers}\.(\d+)\.(\S+)\.lora_([AB])\.weight")
     fused = {"attn.c_attn": "qv"} if family == "gpt2" else {}
     paths = {theirs: p for p, theirs in hub["peft"].items()} | fused
-    default = [theirs.split(".")[-1] for theirs, p in paths.items() if p in "qv"]  # peft's
+    # Without targets peft takes those of q and v.
+    default = [theirs.split(".")[-1] for theirs, p in paths.items() if p in "qv"]
     lora, head = {}, {}
     for key, w in read_tensors(newer if newer.exists() else older).items():
         name = key.removeprefix(PREFIX)
@@ -205,10 +201,15 @@ def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Te
             head[hub["peft_head"][name]] = w
         elif match is None or match[3] not in paths or w.dim() != 2:
             raise InputError(f"{folder} holds {key}, which is not a LoRA on q, k, v or o here")
-        elif not is_selected(name[: name.index(".lora_")], config, default):
-            what = f"{folder} holds {key}, but its adapter_config.json selects other modules"
-            raise InputError(f"{what}, so peft would leave it out")
         else:
+            try:
+                selected = is_selected(name[: name.index(".lora_")], config, default)
+            except re.error as error:
+                what = f"{where}: a pattern in it is no regular expression"
+                raise InputError(f"{what} ({error})") from None
+            if not selected:
+                what = f"{folder} holds {key}, but its adapter_config.json selects other modules"
+                raise InputError(f"{what}, so peft would leave it out")
             _, i, path, side = match.groups()
             parts = {paths[path]: w}
             if fused:

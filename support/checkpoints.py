@@ -26,6 +26,10 @@ FORMS |= dict(activation=(str,), norm_eps=SHARE, dropout=SHARE, tied=(bool,), bi
 ROPE_LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]  # the first that is there
 WEIGHTS += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+SETTINGS = (  # the other files that are read, here and by tokenizers.py
+    "config.json generation_config.json tokenizer.json vocab.json merges.txt "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json"
+).split()
 
 
 def our_config(c: dict, where: object = "config.json") -> dict:
@@ -69,12 +73,12 @@ def check_dropouts(path: Path) -> None:
     """Raise InputError if a config.json has several dropouts, of which a model here has one. It
     matters in training only."""
     c = read_json(path)
-    family, ours = c["model_type"], our_config(c, path)["dropout"]
-    for name, default in FAMILIES[family]["dropouts"].items():
+    ours, family = our_config(c, path)["dropout"], FAMILIES[c["model_type"]]
+    for name, default in family["dropouts"].items():
         theirs = c.get(name, default)
         if theirs not in (None, "", ours):
-            named = (NAMES | FAMILIES[family]["names"])["dropout"]
-            what = f"{path} sets {name} to {reprlib.repr(theirs)}, {named} to {ours}"
+            named = f"{family['names']['dropout']} to {ours}"
+            what = f"{path} sets {name} to {reprlib.repr(theirs)}, {named}"
             raise InputError(f"{what}; training here has one dropout: choose it with --dropout")
 
 
@@ -144,17 +148,38 @@ def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     return out
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder; where it holds several files of them, of the one that
-    transformers takes. Raises InputError if there are none, or not whole."""
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that are read. Raises InputError if it has no weights."""
+    files = [folder / name for name in SETTINGS] + [weights_file(folder), *shards(folder)]
+    return [file for file in files if file.is_file()]
+
+
+def is_checkpoints(name: str) -> bool:
+    """Whether a file of that name is a checkpoint's, not one of data."""
+    return name in SETTINGS or name.endswith((".safetensors", ".bin", ".index.json"))
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of a checkpoint folder's tensors, or the index of several; where there are both, the
+    one that transformers takes. Raises InputError if there is none."""
     found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if not found:
         raise InputError(f"{folder} holds no model.safetensors and no pytorch_model.bin")
-    files = [found]
-    if found.suffix == ".json":  # which tensor is in which of several files
-        shards = read_json(found, {"weight_map": (dict,)})["weight_map"].values()
-        files = [folder / name for name in sorted(set(map(str, shards)))]
-    return {name: w for file in files for name, w in read_tensors(file).items()}
+    return found
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint folder's tensors. Raises InputError."""
+    found = weights_file(folder)
+    if found.suffix != ".json":
+        return [found]
+    names = read_json(found, {"weight_map": (dict,)})["weight_map"].values()
+    return [folder / name for name in sorted(set(map(str, names)))]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder. Raises InputError if there are none, or not whole."""
+    return {name: w for file in shards(folder) for name, w in read_tensors(file).items()}
 
 
 def checkpoint_folder(name: str | Path) -> Path:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from support import files
 from support.adapters import GATE
-from support.checkpoints import COUNT, checkpoint_folder
+from support.checkpoints import COUNT, checkpoint_files, checkpoint_folder, is_checkpoints
 from support.files import NUMBER, InputError
 from support.pictures import GATE_LINES, plot_curves, plot_routes
 from support.processes import is_first
@@ -45,7 +45,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "adapter.safetensors").exists() or (folder / "last.pt").exists()
 
 
-PUT_BACK = "put that back, or train anew with train.py --fresh"
+PUT_BACK = "put back what was there, or train anew with train.py --fresh"
 
 
 class RunFolder:
@@ -81,7 +81,7 @@ class RunFolder:
         `data`, those of its checkpoint."""
         where = self.path / "origin.json"
         then, now = files.read_json(where, {"files": (dict,)}), hashes(s, data)
-        known = {n: h for n, h in then["files"].items() if data or n in now}
+        known = {n: h for n, h in then["files"].items() if data or is_checkpoints(n)}
         if changed := differences(known, now):
             what = f"{self.path} was made of another {', '.join(changed)}"
             if then.get("checkpoint") != str(checkpoint_folder(s.model).resolve()):
@@ -292,13 +292,8 @@ def sha256(path: Path, size: int, changed: int) -> str:
 def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of the files that a run reads, by name; not of what comes from the hub's data sets.
     What is missing fails where it is read."""
-    model = checkpoint_folder(s.model)
-    kinds = "config.json generation_config.json tokenizer.json vocab.json merges.txt"
-    kinds += " tokenizer_config.json special_tokens_map.json added_tokens.json"
-    kinds += " *.safetensors* pytorch_model*.bin*"
-    read = sorted(file for kind in kinds.split() for file in model.glob(kind))
     found = {}
-    for path in [*read, *data]:
+    for path in [*checkpoint_files(checkpoint_folder(s.model)), *data]:
         stat = path.stat()
         found[path.name] = sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
     return found

@@ -164,8 +164,7 @@ class Settings:
 
     def search(self) -> dict:
         """The settings of beam search."""
-        names = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "beam_rule")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SEARCH}
 
     def as_json(self) -> dict:
         """As config.json has them: lists for tuples."""
@@ -194,8 +193,9 @@ def paper_settings(shape: str, task: str) -> tuple[dict, str]:
     return found | nano, "" if own else "Table 5, for RoBERTa-base"
 
 
-# What evaluation heeds beside the settings of beam search.
-OF_EVALUATION = ("eval_batch", "dev_limit", "test_limit", "precision")
+# What evaluation heeds: the settings of beam search, and others.
+SEARCH = ("beams", "length_penalty", "no_repeat_ngram", "max_new_tokens", "beam_rule")
+OF_EVALUATION = ("eval_batch", "dev_limit", "test_limit", "precision", "data")
 
 # --help has the settings in groups, by how their names begin; the others are of training.
 GROUPS = {
@@ -293,15 +293,17 @@ def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     outputs = [args.predictions, args.references]
-    others = [args.run, args.data, args.prompt is not None, asked_for(args, gate)]
+    others = [args.run, args.device, args.prompt is not None, asked_for(args, gate)]
     if any(outputs) and (any(others) or not all(outputs)):
         raise InputError("give --predictions FILE and --references FILE, and nothing else")
+    if args.prompt is not None and args.json:
+        raise InputError("--json prints scores, of which a prompt has none")
     return args
 
 
 def asked_for(args: argparse.Namespace, gate: type) -> set[str]:
-    """Which of train.py's flags, but --data and --device, are on the command line."""
-    usual = dict(model=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
+    """Which of train.py's flags, but --device, are on the command line."""
+    usual = dict(model=None, data=None, task="e2e", seeds=[0], out=Path("runs"), init_from=[])
     usual |= dict.fromkeys(("no_molex", "compare", "fresh", "resume"), False)
     asked = {name for name, value in usual.items() if getattr(args, name) != value}
     return asked | settings_given(args, gate)
@@ -313,12 +315,21 @@ def settings_given(args: argparse.Namespace, gate: type) -> set[str]:
     return settings & vars(args).keys()  # they are there only if they were given
 
 
-def refuse_training(asked: set[str], evaluation: set[str], what: str) -> None:
-    """Raise InputError if a setting is among `asked` that evaluation does not heed."""
-    if training := asked - evaluation:
-        known = ", ".join("--" + name.replace("_", "-") for name in sorted(evaluation))
-        first = min(training).replace("_", "-")
-        raise InputError(f"--{first} is a setting of training; {what} with {known}, --data")
+def refuse_unheeded(asked: set[str], args: argparse.Namespace, scored: set[str], what: str) -> None:
+    """Raise InputError if a setting is among `asked` that is not heeded where a prompt is answered
+    or, without one, where a run or a model is scored. `what` can be done with those of `scored`."""
+    heeded, why = {*SEARCH, *scored}, f"is a setting of training; {what}"
+    if args.prompt is not None:
+        heeded, why = {*SEARCH, "precision"}, "changes nothing of an answer; a prompt can come"
+    if others := asked - heeded:
+        known = ", ".join("--" + name.replace("_", "-") for name in sorted(heeded))
+        raise InputError(f"--{min(others).replace('_', '-')} {why} with {known}")
+
+
+def refuse_prompt(args: argparse.Namespace, task: str) -> None:
+    """Raise InputError if a classifier is to answer a prompt."""
+    if args.prompt is not None and task not in ("e2e", "alpaca"):
+        raise InputError("a classifier answers no --prompt; give a model or a run of e2e or alpaca")
 
 
 def evaluated_again(
@@ -332,10 +343,9 @@ def evaluated_again(
     asked = asked_for(args, gate)
     if args.task == s.task:
         asked.discard("task")
-    refuse_training(asked, {*s.search(), *OF_EVALUATION}, "a run can be evaluated again")
+    refuse_prompt(args, s.task)
+    refuse_unheeded(asked, args, {*OF_EVALUATION}, "a run can be evaluated again")
     wanted = {name: getattr(args, name) for name in asked}
-    if args.data:
-        wanted["data"] = args.data
     changes = {name: value for name, value in wanted.items() if value != getattr(s, name)}
     again = replace(s, **changes)
     check_fields(again, "--")
@@ -344,19 +354,20 @@ def evaluated_again(
 
 
 def before_tuning(args: argparse.Namespace, gate: type) -> Settings:
-    """The settings by which a model is evaluated as it is. Raises InputError."""
-    given = settings_given(args, gate)
+    """The settings by which a model is evaluated as it is, after no epochs. Raises InputError."""
     if args.run and args.model:
         raise InputError(f"give one model, {args.run} or --model {args.model}")
+    asked = asked_for(args, gate) - {"model", "task", "no_molex"}
+    refuse_prompt(args, args.task)
+    scored = {*OF_EVALUATION, "max_length", "out", "seeds"}
+    refuse_unheeded(asked, args, scored, "a model is evaluated as it is")
     args.model, args.no_molex, args.tune = args.run or args.model, True, "full"
     if not args.model:  # without arguments: a demonstration
         vars(args).setdefault("test_limit", 10)
     runs = settle_all(args, gate)
     if len(runs) > 1:
         raise InputError("give one --task and one of --seeds")
-    heeded = {*runs[0].search(), *OF_EVALUATION, "max_length"}
-    refuse_training(given, heeded, "a model is evaluated as it is")
-    return runs[0]
+    return replace(runs[0], epochs=0)
 
 
 def print_help(gate: type, tasks: Iterable[str], args: argparse.Namespace) -> None:

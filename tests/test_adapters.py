@@ -128,6 +128,14 @@ def test_the_lists_above_name_fields_of_peft():
         dict(layers_to_transform=[1], layers_pattern="layers"),
         dict(layers_to_transform=list(range(8)), layers_pattern=["blocks", "layers"]),
         dict(layers_to_transform=list(range(8)), layers_pattern="blocks"),
+        dict(layers_to_transform=list(range(8)), layers_pattern=""),
+        dict(layers_to_transform=list(range(8)), layers_pattern="(?P<i>layers)"),
+        dict(target_modules=r".*\.[qv]_proj", layers_to_transform=[0]),
+        dict(target_modules="All-Linear"),
+        dict(target_modules=["*_proj", "q_proj", "v_proj"]),  # a list holds names, not patterns
+        dict(exclude_modules=["("]),
+        dict(target_modules=[]),
+        dict(target_modules=""),
     ],
     ids=str,
 )
@@ -169,10 +177,19 @@ def test_a_selection_of_another_type(checkpoint, saved, field, value):
         load_lora(load(checkpoint("llama")), saved)
 
 
-@pytest.mark.parametrize("value", ["*_proj", "(", ["(", ")"]], ids=str)
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
-def test_a_selection_that_is_no_regular_expression(checkpoint, saved, field, value):
-    edit(saved, **{field: value})
+@pytest.mark.parametrize(
+    "selection",
+    [
+        dict(target_modules="*_proj"),
+        dict(exclude_modules="("),
+        dict(modules_to_save=["(", ")"]),
+        dict(modules_to_save=["(?i)score"]),  # not where peft puts it
+        dict(layers_to_transform=[0], layers_pattern="(?i)layers"),
+    ],
+    ids=str,
+)
+def test_a_selection_that_is_no_regular_expression(checkpoint, saved, selection):
+    edit(saved, **selection)
     with pytest.raises(InputError, match=r"adapter_config.json: .* is no regular expression"):
         load_lora(load(checkpoint("llama")), saved)
 

@@ -220,15 +220,50 @@ def test_a_prompt_is_put_into_the_form_of_the_run(run, capsys, failure):
     assert "malformed MR 'name[Aromi'" in failure(call, evaluation, run, "--prompt", "name[Aromi")
 
 
-def test_a_prompt_of_no_mr_is_read_as_it_is(capsys):
-    call(evaluation, "nano/gpt2", "--beams", "1", "--prompt", "The pub")
-    assert capsys.readouterr().out
+@pytest.mark.parametrize("text", ["The pub", "Citation [3] says", "name[Aromi], eatType[pub]"])
+def test_a_model_before_fine_tuning_reads_a_prompt_as_it_is(text, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr(evaluation, "encode_prompt", lambda *args: read.append(args[1]) or [1, 0])
+    call(evaluation, "nano/gpt2", "--beams", "1", "--max-new-tokens", "2", "--prompt", text)
+    assert read == [text]
+
+
+def test_a_prompt_is_answered_in_the_precision_asked_for(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda model, *_, **__: seen.append(model.bf16) or [""]
+    )
+    for what in (run, "nano/gpt2"):
+        for precision in ("bf16", "float32"):
+            call(evaluation, what, "--prompt", "name[A]", "--precision", precision)
+    assert seen == [True, False] * 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--test-limit 1", "--data x", "--eval-batch 2", "--seeds 5", "--out x", "--resume"]
+    + ["--max-length 5", "--init-from x", "--compare"],
+)
+def test_what_changes_nothing_of_an_answer_is_refused(run, flags, failure):
+    for what in (run, "nano/gpt2"):
+        error = failure(call, evaluation, what, "--prompt", "name[A]", *flags.split())
+        assert f"{flags.split()[0]} changes nothing of an answer; a prompt can come with" in error
+
+
+def test_a_prompt_has_no_scores(run, failure):
+    error = failure(call, evaluation, run, "--prompt", "name[A]", "--json")
+    assert "--json prints scores, of which a prompt has none" in error
+
+
+@pytest.mark.parametrize("flag", ["--compare", "--resume", "--fresh"])
+def test_a_model_is_not_evaluated_with_what_is_about_runs(flag, failure):
+    assert f"{flag} is a setting of training" in failure(call, evaluation, "nano/gpt2", flag)
 
 
 @pytest.mark.parametrize(
     "flags",
     ["--lr 1", "--data x", "--model nano/gpt2", "--beams 2", "--seeds 1", "--no-molex", "nano/gpt2"]
-    + [("--prompt", "")],
+    + ["--device cpu", ("--prompt", "")],
 )
 def test_predictions_are_scored_alone(flags, tmp_path, failure):
     (tmp_path / "a.txt").write_text("one\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 pytest tests/test_runs.py
 """
 
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,45 @@ def test_a_run_knows_where_its_checkpoint_was(home, failure, monkeypatch):
     for flags in ([], ["--prompt", "name[A]"]):
         error = failure(call, evaluation, home / "runs/model-e2e-lora-s0", *flags)
         assert f"another model.safetensors (the checkpoint was {home / 'model'})" in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompt", "name[A]"], ["--beams", "2"]], ids=str)
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_is_gone_is_another_checkpoint(home, failure, name, flags):
+    (home / "model" / name).write_text('{"eos_token_id": [0, 5]}')
+    run_main(FLAGS)
+    (home / "model" / name).unlink()
+    error = failure(call, evaluation, home / "runs/model-e2e-lora-s0", *flags)
+    assert f"was made of another {name}" in error
+
+
+def test_files_beside_a_checkpoint_that_nobody_reads(home, capsys):
+    run_main(FLAGS)
+    scores = home / "runs/model-e2e-lora-s0/scores.json"
+    before = scores.read_bytes()
+    shutil.copy(home / "model/model.safetensors", home / "model/model.fp16.safetensors")
+    (home / "model/pytorch_model.bin").symlink_to("nowhere")
+    (home / "model/x.safetensors.d").mkdir()
+    run_main(FLAGS)  # kept
+    assert scores.read_bytes() == before
+    call(evaluation, scores.parent, "--prompt", "name[A]")
+
+
+def test_a_file_of_weights_that_comes_first_is_another_checkpoint(home, failure):
+    """The shards of an index, too: what read_weights reads is what is compared."""
+    tensors = load_file(home / "model/model.safetensors")
+    (home / "model/model.safetensors").unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(tensors, home / "model" / name, metadata={"format": "pt"})
+    index = home / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors")}))
+    run_main(FLAGS)
+    run = home / "runs/model-e2e-lora-s0"
+    files = json.loads((run / "origin.json").read_text())["files"]
+    assert {"a.safetensors", index.name} < files.keys() and "b.safetensors" not in files
+    save_file(tensors, home / "model/model.safetensors", metadata={"format": "pt"})
+    error = failure(call, evaluation, run, "--prompt", "name[A]")
+    assert f"another {index.name}, a.safetensors, model.safetensors" in error
 
 
 def test_a_runs_files_have_the_same_permissions(home):
