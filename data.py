@@ -62,16 +62,18 @@ E2E_TOKENIZED = {"train": "train.txt", "dev": "valid.txt", "test": "test.txt"}
 E2E_HUB = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 # The names that Li & Liang (2021), and after them the LoRA paper, use in the prompt.
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+PAIR = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"
+MR = re.compile(rf"(?P<in_form>[^][|:]+ : [^|]*( \| [^][|:]+ : [^|]*)*)|{PAIR}(,{PAIR})*")
 
 
 def e2e_prompt(mr: str) -> str:
     """A meaning representation (MR) as the model reads it: "name[Blue Spice], eatType[pub]" becomes
     "name : Blue Spice | Type : pub". The tokenized copy has that form already."""
-    if re.fullmatch(r"[^][|:]+ : [^|]*( \| [^][|:]+ : [^|]*)*", mr):
-        return mr
-    pair = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"
-    if not re.fullmatch(f"{pair}(,{pair})*", mr):
+    found = MR.fullmatch(mr)
+    if not found:
         raise InputError(f"malformed MR {mr!r}; write it as name[Blue Spice], eatType[pub]")
+    if found["in_form"]:
+        return mr
     parts = []
     for name, value in re.findall(r"([^][,]+)\[([^][]*)\]", mr):
         name = name.strip()
@@ -293,12 +295,12 @@ def encode_glue(tokenizer: Tokenizer, rows: list[Row], limit: int) -> list[Examp
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, task: str = "e2e") -> list[int]:
-    """E2E's prompt ends with the end-of-text token, as in the LoRA code. Alpaca's begins with what
+    """E2E's prompt ends with the end-of-text token, as in the LoRA code. Any other begins with what
     the checkpoint puts before a text."""
     if tokenizer.eos is None:
         raise InputError("the checkpoint's config.json names no eos_token_id, which ends a text")
     ids = tokenizer.encode(text)
-    return tokenizer.start + ids if task == "alpaca" else ids + [tokenizer.eos]
+    return ids + [tokenizer.eos] if task == "e2e" else tokenizer.start + ids
 
 
 def encode_pairs(

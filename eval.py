@@ -14,7 +14,6 @@ and CIDEr as in Microsoft COCO's caption evaluation, over the tokens of the Stan
 import support.interrupts  # noqa: F401  (first: the others take seconds)
 
 # isort: split
-import json
 import math
 from argparse import Namespace
 from collections import Counter
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from data import (
     GLUE,
+    MR,
     TASKS,
     Example,
     Tokenizer,
@@ -458,9 +458,7 @@ def evaluate_run(folder: Path, device: torch.device, args: Namespace | None = No
     model, tokenizer, _ = load_run(folder, device)
     run = RunFolder(folder, TASKS[s.task].metric)
     log = run.read_log()
-    scores = dict(run.best_of(log))
-    del scores["curve"]
-    scores["trainable"] = trainable(model)
+    scores = run.scores_of(log, again) | dict(trainable=trainable(model))
     with run.evaluating(s, data_files(s.task, s.data), again) as out:
         scores.update(evaluate(model, tokenizer, s, out))
         if s.task == "alpaca":
@@ -503,10 +501,9 @@ def evaluate_glue(model: Transformer, tokenizer: Tokenizer, s: Settings, out: Ru
 
 def evaluate_alpaca(model: Transformer, tokenizer: Tokenizer, s: Settings, out: RunFolder) -> dict:
     """The dev set's loss; and answers to five prompts, to look at."""
-    longest = model.config.max_positions
-    dev = read_examples(tokenizer, "alpaca", s.data, "dev", min(s.max_length, longest))
-    dev = dev[: s.dev_limit]
-    fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= longest]
+    room = model.config.max_positions
+    dev = read_examples(tokenizer, "alpaca", s.data, "dev", min(s.max_length, room))[: s.dev_limit]
+    fitting = [e for e in dev if len(e.prompt) + s.max_new_tokens <= room]
     shown = fitting[:: max(1, len(fitting) // 5)][:5]  # five answers, to look at
     outputs = generate(model, tokenizer, [e.prompt for e in shown], s.eval_batch, **s.search())
     prompts = [tokenizer.decode(e.prompt).partition("### ")[2] for e in shown]
@@ -528,13 +525,17 @@ def decode_test(model: Transformer, tokenizer: Tokenizer, s: Settings) -> tuple:
 
 
 def answer(text: str, model: Transformer, tokenizer: Tokenizer, s: Settings) -> str:
-    """The answer to a prompt in the form that the run's task gives it."""
-    if s.task == "alpaca":
+    """The answer to a prompt in the form in which the task is scored. A model before fine-tuning
+    goes on with a text that is no MR."""
+    form = s.task
+    if form == "alpaca":
         text = alpaca_prompt(text)
-    elif s.epochs and "[" in text:  # an MR; a model before fine-tuning reads a text as it is
+    elif not s.epochs and not MR.fullmatch(text):
+        form = "text"
+    elif "[" in text:
         text = e2e_prompt(text)
     model.eval().precision = s.precision
-    return generate(model, tokenizer, [encode_prompt(tokenizer, text, s.task)], **s.search())[0]
+    return generate(model, tokenizer, [encode_prompt(tokenizer, text, form)], **s.search())[0]
 
 
 def main() -> None:
@@ -557,9 +558,7 @@ def main() -> None:
         with locked(out):
             scores = evaluate(model, tokenizer, s, RunFolder(out))
         RunFolder(out).print_samples()
-    print_scores(task, scores, TASKS)
-    if args.json:
-        print(json.dumps(scores))
+    print_scores(task, scores, TASKS, args.json)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def fit(
     state = dict(progress=vars(at), optimizer=optimizer, schedule=schedule, tensors=tensors)
     if s.molex:
         state["routes"] = model.layers.routes.training_state()
-    run.start(s, data_files(s.task, s.data), state, model.device)
+    run.start(s, data_files(s.task, s.data), state, model)
     say(opening(s, folder, model, trainable(model), counts, (at.step, steps)))
     graphed = graphed_step(model, optimizer, s) if s.cuda_graphs else None
 
@@ -276,9 +276,8 @@ def read_data(s: Settings, tokenizer: Tokenizer, positions: int) -> tuple[list[E
     """The training examples, and those of each dev split, for a model of so many positions. Raises
     InputError, before anything is trained, if the test set cannot be decoded after it."""
     splits = {}
-    limit = min(s.max_length, positions)
     for split in ("train", *TASKS[s.task].dev):
-        examples = read_examples(tokenizer, s.task, s.data, split, limit)
+        examples = read_examples(tokenizer, s.task, s.data, split, min(s.max_length, positions))
         splits[split] = examples[: s.train_limit if split == "train" else s.dev_limit]
     if s.task == "e2e":
         mrs = {}

@@ -1,7 +1,7 @@
 """MoLEx as its authors' code has it, beside MoLEx as the paper writes it (Tables 1 and 2).
 
-The code that the paper's first author published (github.com/ahihidongok111/molex: NLG's model.py
-and gpt2_beam.py, NLU's modeling_roberta.py, the scripts) answers what the paper leaves open:
+The first author's code (github.com/ahihidongok111/molex: NLG's model.py and gpt2_beam.py, NLU's
+modeling_roberta.py, the scripts) answers what the paper leaves open:
 
 - Texts are padded to 512 tokens, and every position votes. In GPT-2 padding is token 0, a token
   like any other; in RoBERTa it is no key, so all padding of a text has one state.
@@ -16,14 +16,12 @@ epoch (GLUE, here, by the best); 8 processes that vote each for itself are 8 mic
     python experiments/as_published.py             small: nano/gpt2 on E2E, one seed, few steps
     python experiments/as_published.py --model gpt2-medium --task e2e --seeds 0 1 2 3 4
     python experiments/as_published.py --model roberta-base --task cola          a cell of Table 1
-
-All flags but --pad are train.py's. From Python: `publish(model, MoLExConfig())`.
+    publish(model, MoLExConfig())      from Python; all flags but --pad are train.py's
 """
 
 import math
 import sys
 import tomllib
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -73,8 +71,7 @@ class Published(MoLEx):
     def __init__(self, blocks: nn.ModuleList, d_model: int, config: MoLExConfig) -> None:
         super().__init__(blocks, d_model, config)
         if config.gate == "cosine":
-            T = len(blocks)
-            gates = [PublishedCosineGate(d_model, T, config) for _ in self.gates]
+            gates = [PublishedCosineGate(d_model, len(blocks), config) for _ in self.gates]
             self.gates = nn.ModuleList(gates)
         if config.learn_alpha:  # two weights with the gate, whose rate and decay they share
             del self.alpha_logit
@@ -93,8 +90,7 @@ class Published(MoLEx):
         if ctx.cache is not None:  # of the newest tokens both layers keep the mean
             new = slice(ctx.cache.real.shape[1] - z.shape[1], ctx.cache.real.shape[1])
             for x, y in zip(ctx.cache.kv[t, t], ctx.cache.kv[t, "other"], strict=True):
-                x[:, :, new] = alpha * x[:, :, new] + (1 - alpha) * y[:, :, new]
-                y[:, :, new] = x[:, :, new]
+                x[:, :, new] = y[:, :, new] = alpha * x[:, :, new] + (1 - alpha) * y[:, :, new]
         return alpha * own + (1 - alpha) * other
 
     def scores(self, t: int, z: Tensor) -> Tensor:
@@ -121,13 +117,18 @@ class Published(MoLEx):
         return votes.argsort(descending=True, stable=True)[0].item()
 
 
-def publish(model: Transformer, config: MoLExConfig) -> Transformer:
-    """Put `Published` in the place of the model's layers. Raises InputError if it has no such."""
-    if model.config.rotary:
+def check(config: Config, molex: MoLExConfig) -> None:
+    """Raise InputError for what the published code has not."""
+    if config.rotary:
         raise InputError("the published code has GPT-2 and RoBERTa, and no Llama")
     ours = ("on_device", "route", "top_k", "gate_weight", "borrow_size")
-    if given := [name for name in ours if getattr(config, name) != getattr(MoLExConfig, name)]:
+    if given := [name for name in ours if getattr(molex, name) != getattr(MoLExConfig, name)]:
         raise InputError(f"as published there is no --{given[0].replace('_', '-')}")
+
+
+def publish(model: Transformer, config: MoLExConfig) -> Transformer:
+    """Put `Published` in the place of the model's layers. Raises InputError, see `check`."""
+    check(model.config, config)
     layers = Published(model.layers.blocks, model.config.d_model, config)
     model.layers = layers.to(model.device)
     return model.train(model.training)
@@ -161,10 +162,8 @@ def decode(model: Transformer, tokenizer: Tokenizer, s: Settings, pad: int) -> t
         return ids + (pad - len(ids)) * [-1]  # beam_search's number for padding
 
     def all_real_at_first(ids: Tensor, mask: Tensor | None = None, **more) -> Tensor:
-        if mask is None:
-            return hidden(ids, **more)
         h = hidden(ids, **more)  # padding, with number 0, is a token like any other
-        return h[torch.arange(len(h)), mask.sum(1) - 1][:, None]
+        return h if mask is None else h[torch.arange(len(h)), mask.sum(1) - 1][:, None]
 
     with PATCH(evaluation, "encode_prompt", wide), PATCH(model, "hidden", all_real_at_first):
         return evaluation.decode_test(model, tokenizer, s)[1:]
@@ -173,6 +172,7 @@ def decode(model: Transformer, tokenizer: Tokenizer, s: Settings, pad: int) -> t
 def as_script(s: Settings, pad: int | None = None) -> Settings:
     """The settings of a run as its script has them; `pad`: 512, or all positions of the model."""
     config = Config.load(s.model)
+    check(config, s.molex)
     if s.task not in SCRIPTS or config.causal != (s.task == "e2e"):
         raise InputError("the published code has E2E with GPT-2, and GLUE with RoBERTa")
     room = config.max_positions - (s.max_new_tokens if s.task == "e2e" else 0)
@@ -204,7 +204,7 @@ def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     with locked(folder), PATCH(train, "collate", collate), PATCH(evaluation, "collate", collate):
         train.fit(s, folder, model, examples, dev)
         if s.task != "e2e":
-            fill(trained_tensors(model), RunFolder(folder).best(s), folder)
+            fill(trained_tensors(model), RunFolder(folder).best(s, Published.__name__), folder)
         scores = evaluation.dev_scores(model.eval(), s.task, dev, s.eval_batch)
         if s.task == "e2e":
             merge(model)
@@ -228,8 +228,10 @@ def main() -> None:
     parser.add_argument("--pad", type=at_least(1), help="positions of a text (512, if it has them)")
     args, flags = parser.parse_known_args()
     given, runs = train.parse([*(flags or SMALL), "--compare"])
-    device, papers, notes = pick_device(given.device), {}, {}
-    columns = defaultdict(lambda: ([], [], []))  # task -> the scores of each method's runs
+    if given.fresh:
+        raise InputError("--fresh is not heeded here: remove the runs that are to go")
+    device, papers, notes = pick_device(given.device), {}, set()
+    columns = {s.task: ([], [], []) for s in runs}  # task -> the scores of each method's runs
     for plain, written in zip(runs[::2], runs[1::2], strict=True):
         task = written.task
         script = as_script(written, args.pad)
@@ -237,10 +239,8 @@ def main() -> None:
         for column, s in zip(columns[task], (plain, written), strict=False):
             column.append(read_json(train.run(s, given.out, False, device) / "scores.json"))
         papers[task] = [paper(s, TASKS) for s in (plain, written)]
-        ours, theirs = (dict(vars(s), **vars(s.molex)) for s in (written, script))
-        for name in theirs.keys() - {"molex"}:
-            if ours[name] != theirs[name]:
-                notes[f"{task}: {name} {theirs[name]}, as written {ours[name]}"] = True
+        ours, code = (dict(vars(s), molex=None, **vars(s.molex)) for s in (written, script))
+        notes |= {f"{task}: {n} {x}, as written {ours[n]}" for n, x in code.items() if x != ours[n]}
     for task, found in columns.items():
         report(task, papers[task], list(found))
     print("\nSettings as published:", *sorted(notes), sep="\n  ")

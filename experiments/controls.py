@@ -73,12 +73,11 @@ seeds where there is an interval, else one. 11 is of today. RESULTS.md has all n
     of what MoLEx costs is that late layers add too much to early slots.
 """
 
-import json
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import log10
 from pathlib import Path
 from statistics import mean
@@ -88,15 +87,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data import GLUE, TASKS, Example, Tokenizer
-from eval import bleu, decode_test, dev_scores, load_run, read_run
+from data import GLUE, TASKS, Example, Tokenizer, data_files
+from eval import bleu, build, decode_test, dev_scores, read_run
 from experiments import as_published
 from lora import merge, trained_tensors
 from model import Transformer
 from molex import MoLEx
 from support.cli import Parser, command_line, pick_device
-from support.files import NUMBER, InputError, fill, locked, read_json, write_atomic, write_text
-from support.runs import RunFolder, other_settings
+from support.files import NUMBER, InputError, fill, locked, read_json, write_atomic, write_json
+from support.runs import RunFolder, origin, other_settings
 from support.tables import interval, spread
 
 Pick = Callable[[int], int]  # slot -> the layer that joins it
@@ -160,17 +159,22 @@ METRICS = {"bleu": ("BLEU", 100, 2), "dev_loss": ("dev loss", 1, 4)} | {
 Scores = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> what `run` has found
 
 
+class Given(MoLEx):
+    """MoLEx whose slots are given their layers: every token is all for `pick(t)`."""
+
+    pick: Pick
+
+    def log_affinity(self, t: int, z: Tensor) -> Tensor:
+        log_a = torch.full((*z.shape[:2], len(self.blocks)), -100.0, device=z.device)
+        log_a[..., self.pick(t)] = 0.0
+        return log_a
+
+
 def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
-    """Put the arm's pick, if it has one, in the gate's place: every token is all for that layer."""
+    """Put the arm's pick, if it has one, in the gate's place."""
     if arm.pick:
-        pick = arm.pick(model.config.n_layer, seed)
-
-        def log_affinity(t: int, z: Tensor) -> Tensor:
-            log_a = torch.full((*z.shape[:2], model.config.n_layer), -100.0, device=z.device)
-            log_a[..., pick(t)] = 0.0
-            return log_a
-
-        model.layers.log_affinity = log_affinity
+        model.layers.__class__ = Given  # what it holds, and the draws of its start, stay
+        model.layers.pick = arm.pick(model.config.n_layer, seed)
     return model
 
 
@@ -182,7 +186,9 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
         if other := other_settings(read_json(where), s, where):
             what = f"{folder} is of a run with another {', '.join(other)}"
             raise InputError(f"{what}; take another --out, or remove it")
+    read = data_files(s.task, s.data)
     if (folder / "controls.json").exists():
+        RunFolder(folder).check_files(s, read, "take another --out, or remove it")
         return
     print(folder, flush=True)
     if arm.published:
@@ -191,17 +197,20 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
         gate = last["curve"][-1]
         found.update(alpha=gate["alpha"], own=100 * gate["own"])
         found["seconds"] = last["step"] * last["seconds_per_step"]
-        write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
+        write_json(folder / "controls.json", found)
         return
     model, tokenizer = train.prepare(s, device)
     examples, dev = train.read_data(s, tokenizer, model.config.max_positions)
     with locked(folder):
         if arm.of:
-            write_text(folder / "config.json", json.dumps(asdict(s), indent=2) + "\n")
+            write_json(folder / "origin.json", origin(s, read, model))
+            write_json(folder / "config.json", s.as_json())
         else:
             train.fit(s, folder, give(model, arm, s.seed), examples, dev)
         first, *others = [out / source / folder.name for source in arm.of or [name]]
-        model = load_run(first, device)[0]
+        model = build(s, device)[0].eval()
+        layers = Given.__name__ if arm.pick and not arm.of else ""
+        fill(trained_tensors(model), RunFolder(first).best(s, layers), first)
         for other in others:
             theirs = read_run(other)[1]
             ours = {n: p for n, p in trained_tensors(model).items() if n in theirs}
@@ -210,7 +219,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
         if not arm.of:
             last = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
             found["seconds"] = last["step"] * last["seconds_per_step"]
-        write_text(folder / "controls.json", json.dumps(found, indent=2) + "\n")
+        write_json(folder / "controls.json", found)
 
 
 def score(

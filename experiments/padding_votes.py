@@ -8,6 +8,7 @@ that wins is held against the one that would win if padding alone voted, or real
     python experiments/padding_votes.py             small: 10 steps of nano/roberta on CoLA
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -16,13 +17,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import TASKS, Example
-from eval import build, read_run
+from eval import build
 from experiments import as_published
-from experiments.as_published import padded_collate, publish
+from experiments.as_published import Published, padded_collate, publish
 from lora import trained_tensors
 from model import Transformer
+from molex import MoLExConfig
 from support.cli import Parser, command_line, pick_device
 from support.files import fill
+from support.runs import RunFolder
+from support.settings import read_settings
 
 
 @torch.no_grad()
@@ -69,13 +73,15 @@ def main() -> None:
     heads = ("votes of padding", "its route", "the text's", "decisions")
     print(f"{'':30}" + "".join(f"{head:>18}" for head in heads))
     for folder in folders:
-        s, tensors = read_run(folder)
+        s = read_settings(folder, MoLExConfig)
+        tensors = RunFolder(folder, TASKS[s.task].metric).best(s, Published.__name__)
         model, tokenizer = build(s, device)
         publish(model, s.molex).eval()
         fill(trained_tensors(model), tensors, f"{folder} is no run as published: it")
         dev = train.read_data(s, tokenizer, model.config.max_positions)[1]
         examples = [e for split in TASKS[s.task].dev for e in dev[split]]
-        padding, its, texts, count = whose_route(model, examples, s.batch_size, s.max_length)
+        size = math.ceil(s.batch_size / s.accumulate)  # a process of theirs votes for itself
+        padding, its, texts, count = whose_route(model, examples, size, s.max_length)
         name = f"{s.model}, {TASKS[s.task].folder}, seed {s.seed}"
         print(f"{name:30}{padding:16.1f} %{its:16.1f} %{texts:16.1f} %{count:18}")
 

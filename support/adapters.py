@@ -167,6 +167,8 @@ def is_selected(module: str, config: dict, default: list[str]) -> bool:
         return False
     if not named(targets) and str(targets).lower() != "all-linear":
         return False
+    if module in as_list(targets):  # a whole name is taken whatever the layers
+        return True
     layers = as_list(config["layers_to_transform"])
     if not layers or isinstance(targets, str):
         return not layers
@@ -175,7 +177,7 @@ def is_selected(module: str, config: dict, default: list[str]) -> bool:
     starts = starts or [r".*?\.[^.]*"]
     found = (re.match(rf"{start}\.(?P<idx>\d+)\.", module) for start in starts)
     first = next((match for match in found if match), None)
-    return first is not None and int(first["idx"]) in layers
+    return bool(first and first["idx"]) and int(first["idx"]) in layers
 
 
 def read_peft(folder: Path, family: str, d_model: int) -> tuple[LoRASettings, Tensors]:

@@ -5,6 +5,7 @@ tokenizers.py has the tokenizers. Loading is strict: a setting that is not suppo
 that nobody uses are errors. families.toml has the names, family by family.
 """
 
+import os
 import re
 import reprlib
 import tomllib
@@ -151,7 +152,7 @@ def convert(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that are read. Raises InputError if it has no weights."""
     files = [folder / name for name in SETTINGS] + [weights_file(folder), *shards(folder)]
-    return [file for file in files if file.is_file()]
+    return [file for file in files if os.path.isfile(file)]  # a name may be too long for a file's
 
 
 def is_checkpoints(name: str) -> bool:

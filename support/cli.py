@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import signal
 import sys
@@ -50,6 +51,9 @@ def command_line(main: Callable[[], None], resumes: str = "") -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as stopped:
         end_interrupted(resumes, (stopped.args or [signal.SIGINT])[0])
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -82,7 +83,7 @@ class RunFolder:
         where = self.path / "origin.json"
         then, now = files.read_json(where, {"files": (dict,)}), hashes(s, data)
         known = {n: h for n, h in then["files"].items() if data or is_checkpoints(n)}
-        if changed := differences(known, now):
+        if changed := other_files(known, now, s):
             what = f"{self.path} was made of another {', '.join(changed)}"
             if then.get("checkpoint") != str(checkpoint_folder(s.model).resolve()):
                 what += f" (the checkpoint was {then.get('checkpoint', 'not noted')})"
@@ -105,10 +106,10 @@ class RunFolder:
             saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
         files.write_atomic(self.path / "last.pt", lambda path: torch.save(saved, path))
 
-    def start(self, s: Settings, data: Iterable[Path], state: dict, device: torch.device) -> None:
+    def start(self, s: Settings, data: Iterable[Path], state: dict, model: Any) -> None:
         """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
-        Raises InputError if what is there is of another run."""
-        self.origin = now = origin(s, data)
+        `model`: a Transformer. Raises InputError if what is there is of another run."""
+        self.origin = now = origin(s, data, model)
         last, config = self.path / "last.pt", self.path / "config.json"
         if not last.exists():
             if is_first():
@@ -119,7 +120,10 @@ class RunFolder:
         saved = files.read_tensors(last, dict.fromkeys((*state, "origin"), (dict,)))
         parts = dict.fromkeys(("settings", "files", "versions"), (dict,))
         self.origin = then = files.check(saved["origin"], parts, last)
-        other = other_settings(then["settings"], s, last) + differences(then["files"], now["files"])
+        other = other_settings(then["settings"], s, last)
+        other += other_files(then["files"], now["files"], s)
+        if then.get("layers", now["layers"]) != now["layers"]:  # an older run has none
+            other.append(f"class of layers ({then['layers']})")
         if other or not config.exists():
             what = f"{last} is of a run with another {', '.join(other or ['folder'])}"
             raise InputError(f"{what}; put that back or use --fresh")
@@ -137,8 +141,8 @@ class RunFolder:
             was, new = then["versions"][name], now["versions"][name]
             print(f"{self.path}: {name} was {was}, is now {new}")
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+        if model.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], model.device)
 
     # --- the log, and the best epoch
 
@@ -169,10 +173,23 @@ class RunFolder:
             return min(log, key=lambda entry: entry["dev_loss"])
         return max(log, key=lambda entry: entry[self.metric])
 
-    def best(self, s: Settings) -> dict[str, Tensor]:
-        """What the best epoch has trained. Raises InputError, also if the run was made of another
-        checkpoint."""
+    def scores_of(self, log: list[dict], again: str) -> dict:
+        """What the best epoch's entry has for scores.json. Another evaluation (`again`) has not the
+        examples of training."""
+        left_out = {"curve", "examples"} if again else {"curve"}
+        entry = self.best_of(log)
+        return {name: value for name, value in entry.items() if name not in left_out}
+
+    def best(self, s: Settings, layers: str = "") -> dict[str, Tensor]:
+        """What the best epoch has trained. `layers`: the class of the model's stack, where it is a
+        fork's. Raises InputError, also if the run was made of another checkpoint, or with another
+        class, in which the same weights would compute something else."""
         self.check_files(s, (), PUT_BACK)
+        ours = layers or ("MoLEx" if s.molex else "Layers")
+        theirs = files.read_json(self.path / "origin.json").get("layers", ours)  # an older has none
+        if theirs != ours:
+            what = f"{self.path} is a run of {theirs}, not of {ours}"
+            raise InputError(f"{what}; the script that trained it evaluates it")
         return files.read_tensors(self.path / "adapter.safetensors")
 
     # --- what evaluation finds
@@ -183,8 +200,9 @@ class RunFolder:
     ) -> Iterator["RunFolder"]:
         """Where the evaluation goes: this folder, or one within it if the run is unfinished, or is
         evaluated `again` with other settings. Raises InputError if the run was made of another
-        checkpoint or, unless they may be others, other data."""
-        self.check_files(s, () if again else data, PUT_BACK)
+        checkpoint or, unless other data is asked for, the data has changed."""
+        same = files.read_json(self.path / "config.json").get("data") == s.data
+        self.check_files(s, data if same else (), PUT_BACK)
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:
@@ -274,6 +292,14 @@ def differences(then: dict, now: dict) -> list[str]:
     return [name for name in then | now if then.get(name) != now.get(name)]
 
 
+def other_files(then: dict, now: dict, s: Settings) -> list[str]:
+    """The files that have another hash. What is of a checkpoint and not read, which older runs have
+    noted, too, only has to be there."""
+    folder = checkpoint_folder(s.model)
+    unread = {n for n in then.keys() - now if is_checkpoints(n) and (folder / n).exists()}
+    return [name for name in differences(then, now) if name not in unread]
+
+
 def other_settings(then: dict, s: Settings, where: object) -> list[str]:
     """In which settings a run differs from `s`. What its file lacks is as by default; "differs"
     follows from the others."""
@@ -309,10 +335,11 @@ def init_hash(s: Settings) -> str | None:
     return sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
-def origin(s: Settings, data: Iterable[Path]) -> dict:
+def origin(s: Settings, data: Iterable[Path], model: Any) -> dict:
     """What a run is made of: settings, the hashes of its files and of what it starts from, where
-    its checkpoint was, versions, command and date."""
+    its checkpoint was, the class of its layers, versions, command and date."""
     made_of = dict(settings=s.as_json(), files=hashes(s, data), init=init_hash(s))
+    made_of["layers"] = type(model.layers).__name__
     made_of["checkpoint"] = str(checkpoint_folder(s.model).resolve())
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
     command, date = shlex.join(sys.argv), datetime.now().astimezone().isoformat(timespec="seconds")

@@ -280,7 +280,17 @@ def parse_command(
 def parse_eval(gate: type, tasks: Iterable[str]) -> argparse.Namespace:
     """eval.py's command line: train.py's flags, and its own. Raises InputError."""
     parser = make_parser(list(tasks), gate)
-    parser.description = "Evaluate a run or a model, or score text with the E2E challenge's metrics"
+    parser.description = (
+        "Evaluate a run, by its own settings, or a model, or score text with the E2E challenge's "
+        "metrics. In brackets: what counts for a model without a flag"
+    )
+    parser.usage = "%(prog)s [RUN] [flags]"
+    heeded = {*SEARCH, *OF_EVALUATION, "max_length", "device"}
+    about = dict(help="this", model="as RUN", task="of a model before fine-tuning (e2e)")
+    about.update(out="where its evaluation goes (runs)", seeds="of the head that it is given (0)")
+    for action in parser._actions:  # train.py's other flags are known, so that a message names them
+        if action.dest not in heeded:
+            action.help = about.get(action.dest, argparse.SUPPRESS)
     own = parser.add_argument_group("evaluation")
     text = "a run, or a model before fine-tuning (nano/gpt2)"
     own.add_argument("run", nargs="?", type=plain_path, help=text)
@@ -315,15 +325,21 @@ def settings_given(args: argparse.Namespace, gate: type) -> set[str]:
     return settings & vars(args).keys()  # they are there only if they were given
 
 
-def refuse_unheeded(asked: set[str], args: argparse.Namespace, scored: set[str], what: str) -> None:
+def refuse_unheeded(
+    asked: set[str], args: argparse.Namespace, task: str, others: set[str], what: str
+) -> None:
     """Raise InputError if a setting is among `asked` that is not heeded where a prompt is answered
-    or, without one, where a run or a model is scored. `what` can be done with those of `scored`."""
-    heeded, why = {*SEARCH, *scored}, f"is a setting of training; {what}"
+    or, without one, where a run or a model is scored on that task. `what` can be done with those of
+    evaluation and `others`."""
+    heeded, why = {*OF_EVALUATION, *others}, f"changes nothing here; {what}"
+    if task in ("e2e", "alpaca"):
+        heeded |= {*SEARCH}
+    heeded -= {"dev_limit" if task == "e2e" else "test_limit"}  # E2E alone has a test set here
     if args.prompt is not None:
         heeded, why = {*SEARCH, "precision"}, "changes nothing of an answer; a prompt can come"
-    if others := asked - heeded:
+    if idle := asked - heeded:
         known = ", ".join("--" + name.replace("_", "-") for name in sorted(heeded))
-        raise InputError(f"--{min(others).replace('_', '-')} {why} with {known}")
+        raise InputError(f"--{min(idle).replace('_', '-')} {why} with {known}")
 
 
 def refuse_prompt(args: argparse.Namespace, task: str) -> None:
@@ -344,7 +360,7 @@ def evaluated_again(
     if args.task == s.task:
         asked.discard("task")
     refuse_prompt(args, s.task)
-    refuse_unheeded(asked, args, {*OF_EVALUATION}, "a run can be evaluated again")
+    refuse_unheeded(asked, args, s.task, set(), "a run can be evaluated again")
     wanted = {name: getattr(args, name) for name in asked}
     changes = {name: value for name, value in wanted.items() if value != getattr(s, name)}
     again = replace(s, **changes)
@@ -359,8 +375,8 @@ def before_tuning(args: argparse.Namespace, gate: type) -> Settings:
         raise InputError(f"give one model, {args.run} or --model {args.model}")
     asked = asked_for(args, gate) - {"model", "task", "no_molex"}
     refuse_prompt(args, args.task)
-    scored = {*OF_EVALUATION, "max_length", "out", "seeds"}
-    refuse_unheeded(asked, args, scored, "a model is evaluated as it is")
+    others = {"max_length", "out", "seeds"}
+    refuse_unheeded(asked, args, args.task, others, "a model is evaluated as it is")
     args.model, args.no_molex, args.tune = args.run or args.model, True, "full"
     if not args.model:  # without arguments: a demonstration
         vars(args).setdefault("test_limit", 10)

@@ -1,5 +1,6 @@
 """The table at the end: all runs of a command beside each other, and what the paper has."""
 
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -194,11 +195,13 @@ def rows_of(forms: dict, scores: dict[str, float]) -> dict:
     return forms | {name: (name.replace(f"{main}_", "  "), 100, 2) for name in parts}
 
 
-def print_scores(task: str, scores: dict[str, float], tasks: Tasks) -> None:
-    """What an evaluation has found, in the units of the tables."""
+def print_scores(task: str, scores: dict[str, float], tasks: Tasks, as_json: bool) -> None:
+    """What an evaluation has found, in the units of the tables, and as JSON, too."""
     for name, (title, factor, digits) in rows_of(shown(task, tasks), scores).items():
         if name in scores:
             print(f"{title:22}{scores[name] * factor:>18.{digits}f}")
+    if as_json:
+        print(json.dumps(scores))
 
 
 def report_task(

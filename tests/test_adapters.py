@@ -105,6 +105,9 @@ def test_the_lists_above_name_fields_of_peft():
     assert READ | CHOICES | SELECTION | SILENT <= {field.name for field in fields(peft.LoraConfig)}
 
 
+WHOLE_NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(8) for p in "qv"]
+
+
 @pytest.mark.parametrize(
     "selection",
     [
@@ -131,6 +134,8 @@ def test_the_lists_above_name_fields_of_peft():
         dict(layers_to_transform=list(range(8)), layers_pattern=""),
         dict(layers_to_transform=list(range(8)), layers_pattern="(?P<i>layers)"),
         dict(target_modules=r".*\.[qv]_proj", layers_to_transform=[0]),
+        dict(target_modules=WHOLE_NAMES, layers_to_transform=[0]),
+        dict(layers_to_transform=[0, 1], layers_pattern="self|layers"),  # without a number
         dict(target_modules="All-Linear"),
         dict(target_modules=["*_proj", "q_proj", "v_proj"]),  # a list holds names, not patterns
         dict(exclude_modules=["("]),

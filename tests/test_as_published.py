@@ -9,6 +9,7 @@ import torch
 from conftest import call
 from test_molex import VOCAB, lora_model
 
+import eval as evaluation
 import train
 from data import Example, collate
 from experiments import as_published, padding_votes
@@ -214,7 +215,7 @@ def test_the_scripts_settings(task, known):
     assert s.molex.alpha == (0.95 if task == "cola" else 0.5)
 
 
-def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys):
+def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys, failure):
     flags = "--model nano/roberta --task mrpc --max-steps 2 --dev-limit 40".split()
     call(as_published, *flags, "--out", tmp_path)
     said = capsys.readouterr().out
@@ -226,6 +227,14 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys):
     assert "mrpc: learn_alpha" not in said and "mrpc: warmup 0.1" in said
     call(as_published, *flags, "--out", tmp_path)  # everything is kept
     assert capsys.readouterr().out.count("finished before, kept") == 2
+    ours, published = tmp_path / runs[1], tmp_path / runs[2]
+    before = (published / "scores.json").read_bytes()
+    error = failure(call, evaluation, published)
+    assert f"{published} is a run of Published, not of MoLEx" in error
+    assert (published / "scores.json").read_bytes() == before
+    for other, layers in ((ours, "MoLEx"), (tmp_path / runs[0], "Layers")):
+        error = failure(call, padding_votes, other)
+        assert f"{other} is a run of {layers}, not of Published" in error
 
 
 @pytest.mark.parametrize(
@@ -237,6 +246,7 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys):
         ("--model nano/gpt2 --on-device", "as published there is no --on-device"),
         ("--model nano/gpt2 --route sequence", "there is no --route"),
         ("--model nano/gpt2 --borrow-size own", "there is no --borrow-size"),
+        ("--fresh", "--fresh is not heeded here"),
     ],
 )
 def test_bad_input(flags, message, failure, tmp_path):

@@ -6,14 +6,16 @@ pytest tests/test_controls.py
 import json
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 import torch
-from conftest import printed_by
+from conftest import call, printed_by
 from safetensors.torch import load_file
 
+import eval as evaluation
 import train
 from eval import dev_loss, load_run
 from experiments import controls
@@ -175,6 +177,44 @@ def test_what_is_finished_is_kept(small, monkeypatch):
     assert (part["lora"], part["molex"], part["own"]) == ("1", "1", "2")
     for file in ("lora/s1", "molex/s0"):
         (small / file.replace("/", "-")).rename(small / "out" / file / "controls.json")
+
+
+@pytest.mark.parametrize("arm", ["lora", "neighbour", "own", "lora-gate"])
+def test_what_was_made_of_other_files_is_not_kept(small, failure, arm):
+    data = small / "testset_w_refs.csv"
+    before = data.read_text("utf-8")
+    data.write_text(before.replace(" is ", " is not "), "utf-8")
+    others = [x for x in [*TRAINED, *EVALUATED] if x != arm]
+    try:
+        for other in others:
+            for seed in (0, 1):
+                file = small / "out" / other / f"s{seed}" / "origin.json"
+                file.rename(file.with_suffix(".off"))
+                known = json.loads(file.with_suffix(".off").read_text())
+                known["files"][data.name] = sha256(data.read_bytes()).hexdigest()
+                file.write_text(json.dumps(known))
+        error = failure(run, small)
+    finally:
+        data.write_text(before, "utf-8")
+        for other in others:
+            for seed in (0, 1):
+                file = small / "out" / other / f"s{seed}" / "origin.json"
+                file.with_suffix(".off").rename(file)
+    assert f"{arm}/s0 was made of another testset_w_refs.csv; take another --out" in error
+
+
+def test_a_run_whose_layers_were_given_is_not_evaluated_with_its_gate(small, failure):
+    folder = small / "out/neighbour/s0"
+    error = failure(call, evaluation, folder)
+    assert f"{folder} is a run of Given, not of MoLEx; the script that trained it" in error
+
+
+def test_an_arm_that_the_published_code_has_not_is_left_out(small):
+    flags = ["--model", "nano/gpt2", "--data", small, "--out", small / "k2", "--top-k", 2]
+    flags += ["--max-steps", 1, "--batch-size", 4, "--beams", 1, "--max-new-tokens", 2]
+    said = printed_by(controls, *flags, "--arms", "molex", "published", "frozen")
+    assert "published is left out: as published there is no --top-k" in said
+    assert any(line.startswith("frozen") for line in said)
 
 
 @pytest.mark.parametrize("flags, message", [

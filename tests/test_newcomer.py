@@ -3,21 +3,31 @@
 pytest tests/test_newcomer.py
 """
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from conftest import call, meteor, run_main
+from transformers import GPT2LMHeadModel
 
 import eval as evaluation
 import train
-from data import TASKS, read_e2e
+from data import TASKS, Tokenizer, read_e2e
+from eval import generate
 from model import load
 from molex import MoLExConfig
 from support import tables
-from support.settings import parse_command
+from support.settings import OF_EVALUATION, SEARCH, parse_command
 
 FLAGS = "--max-steps 3 --train-limit 24 --dev-limit 8 --test-limit 3 --beams 2 --max-new-tokens 8"
+ROOT = Path(__file__).parents[1]
+TOKENIZER = Tokenizer.load("nano/gpt2", load("nano/gpt2").config)
 COLA = "--model nano/roberta --task cola --max-steps 2 --train-limit 32 --dev-limit 10"
 
 
@@ -187,14 +197,14 @@ def test_a_run_is_not_evaluated_with_other_settings_of_training(run, failure):
         "--no-learn-alpha",
     ):
         error = failure(call, evaluation, run, *flag.split())
-        said = f"{flag.split()[0].replace('no-', '')} is a setting of training"
+        said = f"{flag.split()[0].replace('no-', '')} changes nothing here"
         assert f"{said}; a run can be evaluated again with --beam-rule" in error
 
 
 @pytest.mark.parametrize("flag", ["--lr 1", "--borrow-size own", "--tune lora", "--epochs 2"])
 def test_a_model_is_not_evaluated_with_settings_of_training(flag, failure):
     error = failure(call, evaluation, "nano/gpt2", *flag.split(), "--test-limit", 2, "--beams", 1)
-    said = f"{flag.split()[0]} is a setting of training"
+    said = f"{flag.split()[0]} changes nothing here"
     assert f"{said}; a model is evaluated as it is with --beam-rule" in error
 
 
@@ -220,12 +230,69 @@ def test_a_prompt_is_put_into_the_form_of_the_run(run, capsys, failure):
     assert "malformed MR 'name[Aromi'" in failure(call, evaluation, run, "--prompt", "name[Aromi")
 
 
-@pytest.mark.parametrize("text", ["The pub", "Citation [3] says", "name[Aromi], eatType[pub]"])
-def test_a_model_before_fine_tuning_reads_a_prompt_as_it_is(text, capsys, monkeypatch):
-    read = []
-    monkeypatch.setattr(evaluation, "encode_prompt", lambda *args: read.append(args[1]) or [1, 0])
-    call(evaluation, "nano/gpt2", "--beams", "1", "--max-new-tokens", "2", "--prompt", text)
-    assert read == [text]
+@pytest.mark.parametrize("text", ["The pub", "Citation [3] says", "name[Aromi", ": [a], b"])
+def test_a_model_before_fine_tuning_goes_on_with_a_text(text, capsys):
+    theirs, ids = GPT2LMHeadModel.from_pretrained("nano/gpt2"), TOKENIZER.encode(text)
+    with torch.no_grad():
+        for _ in range(6):  # greedily
+            ids.append(theirs(torch.tensor([ids])).logits[0, -1].argmax().item())
+    answer = TOKENIZER.decode(ids[-6:]).strip()
+    flags = "--beams 1 --max-new-tokens 6 --no-repeat-ngram 0 --length-penalty 0".split()
+    call(evaluation, "nano/gpt2", *flags, "--prompt", text)
+    assert capsys.readouterr().out.strip() == answer
+
+
+@pytest.mark.parametrize("text", ["name[Aromi], eatType[pub]", "name : Aromi | Type : pub"])
+def test_a_model_before_fine_tuning_answers_an_mr_as_it_is_scored(text, capsys):
+    (answer,) = generate(load("nano/gpt2"), TOKENIZER, ["name : Aromi | Type : pub"], beams=2)
+    call(evaluation, "nano/gpt2", "--beams", 2, "--prompt", text)
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_help_is_of_what_evaluation_heeds(capsys):
+    with pytest.raises(SystemExit) as end:
+        call(evaluation, "--help")
+    said = capsys.readouterr().out
+    flags = {*re.findall(r"^  (--[\w-]+)", said, re.M)}
+    assert end.value.code == 0 and {"--beams", "--precision", "--prompt", "--data"} < flags
+    assert not {"--lr", "--fresh", "--compare", "--init-from", "--alpha"} & flags
+    for flag in flags - {"--help", "--prompt", "--predictions", "--references", "--json"}:
+        assert flag[2:].replace("-", "_") in {
+            *SEARCH,
+            *OF_EVALUATION,
+            *"model task out seeds device max_length".split(),
+        }
+
+
+@pytest.mark.parametrize("flag", ["--beams 3", "--test-limit 3", "--max-new-tokens 9"])
+def test_a_classifier_is_not_scored_with_what_is_of_texts(flag, tmp_path, failure):
+    run_main(COLA, "--no-molex", f"--out {tmp_path}")
+    for what in (tmp_path / "nano-roberta-cola-lora-s0", "nano/roberta"):
+        error = failure(call, evaluation, what, "--task", "cola", *flag.split())
+        assert f"{flag.split()[0]} changes nothing here" in error and "--dev-limit" in error
+
+
+def test_e2e_is_not_scored_on_the_dev_set(run, failure):
+    for what in (run, "nano/gpt2"):
+        error = failure(call, evaluation, what, "--dev-limit", 4)
+        assert "--dev-limit changes nothing here" in error and "--test-limit" in error
+
+
+def test_what_another_evaluation_notes_is_its_own(tmp_path):
+    run_main(COLA, "--no-molex", f"--out {tmp_path}")
+    run = tmp_path / "nano-roberta-cola-lora-s0"
+    call(evaluation, run, "--dev-limit", 20)
+    of_run, other = (
+        json.loads((p / "scores.json").read_text()) for p in (run, run / "dev-limit-20")
+    )
+    assert of_run["examples"] == dict(train=32, dev=10) and "examples" not in other
+
+
+def test_output_that_is_no_longer_read_is_no_error():
+    command = "python eval.py nano/gpt2 --beams 1 --max-new-tokens 1 --prompt name[A] | true"
+    path = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=path, cwd=ROOT)
+    assert done.stderr == ""
 
 
 def test_a_prompt_is_answered_in_the_precision_asked_for(run, monkeypatch):
@@ -257,7 +324,7 @@ def test_a_prompt_has_no_scores(run, failure):
 
 @pytest.mark.parametrize("flag", ["--compare", "--resume", "--fresh"])
 def test_a_model_is_not_evaluated_with_what_is_about_runs(flag, failure):
-    assert f"{flag} is a setting of training" in failure(call, evaluation, "nano/gpt2", flag)
+    assert f"{flag} changes nothing here" in failure(call, evaluation, "nano/gpt2", flag)
 
 
 @pytest.mark.parametrize(

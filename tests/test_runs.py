@@ -14,11 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import call, meteor, run_main
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import train
+from molex import MoLEx, MoLExConfig
 from support.files import InputError, locked
+from support.runs import RunFolder
 from support.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +123,75 @@ def test_files_beside_a_checkpoint_that_nobody_reads(home, capsys):
     call(evaluation, scores.parent, "--prompt", "name[A]")
 
 
+def test_other_beams_are_no_leave_for_other_data(home, failure):
+    run_main(FLAGS)
+    run = home / "runs/model-e2e-lora-s0"
+    shutil.copytree(home / "data", home / "others")
+    other_test_set(home / "model")
+    error = failure(call, evaluation, run, "--beams", "2")
+    assert "was made of another testset_w_refs.csv" in error
+    call(evaluation, run, "--beams", "2", "--data", "others")
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_an_older_run_has_noted_files_that_nobody_reads(home, failure, unfinished):
+    shutil.copy(home / "model/model.safetensors", home / "model/pytorch_model.bin")
+    run_main(FLAGS)
+    run = home / "runs/model-e2e-lora-s0"
+    known = json.loads((run / "origin.json").read_text())
+    known["files"]["pytorch_model.bin"] = known["files"]["model.safetensors"]
+    (run / "origin.json").write_text(json.dumps(known))
+    if unfinished:
+        last = torch.load(run / "last.pt")
+        torch.save(last | {"origin": known}, run / "last.pt")
+        (run / "scores.json").unlink()
+    run_main(FLAGS)
+    call(evaluation, run, "--prompt", "name[A]")
+    (home / "model/pytorch_model.bin").unlink()
+    assert "another pytorch_model.bin" in failure(call, evaluation, run, "--prompt", "name[A]")
+
+
+def test_an_index_with_a_name_that_no_file_can_have(home, failure):
+    run_main(FLAGS)
+    (home / "model/model.safetensors").unlink()
+    index = {"weight_map": {"wte.weight": 300 * "a" + ".safetensors"}}
+    (home / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    error = failure(call, evaluation, home / "runs/model-e2e-lora-s0")
+    assert "was made of another model.safetensors" in error
+
+
+class Fork(MoLEx):
+    """With the weights of MoLEx it does something else."""
+
+
+def test_a_forks_run_is_not_taken_for_another(home, failure, monkeypatch):
+    flags = FLAGS.replace("--no-molex", "")
+    prepare = train.prepare
+
+    def forked(s, device):
+        model, tokenizer = prepare(s, device)
+        model.layers.__class__ = Fork
+        return model, tokenizer
+
+    run = home / "runs/model-e2e-molex-s0"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prepare", forked)
+        assert "is a run of Fork, not of MoLEx" in failure(run_main, flags)  # it is trained
+    before = sorted(run.iterdir())
+    for more in ([], ["--prompt", "name[A]"], ["--beams", "2"]):
+        error = failure(call, evaluation, run, *more)
+        assert f"{run} is a run of Fork, not of MoLEx; the script that trained it" in error
+    assert "is a run of Fork" in failure(run_main, f"{flags} --init-from {run} --out other")
+    assert sorted(run.iterdir()) == before
+    s = evaluation.read_settings(run, MoLExConfig)
+    assert RunFolder(run).best(s, "Fork")
+    assert "with another class of layers (Fork)" in failure(run_main, flags)
+    known = json.loads((run / "origin.json").read_text())
+    del known["layers"]  # an older run's
+    (run / "origin.json").write_text(json.dumps(known))
+    call(evaluation, run)
+
+
 def test_a_file_of_weights_that_comes_first_is_another_checkpoint(home, failure):
     """The shards of an index, too: what read_weights reads is what is compared."""
     tensors = load_file(home / "model/model.safetensors")
@@ -133,7 +206,7 @@ def test_a_file_of_weights_that_comes_first_is_another_checkpoint(home, failure)
     assert {"a.safetensors", index.name} < files.keys() and "b.safetensors" not in files
     save_file(tensors, home / "model/model.safetensors", metadata={"format": "pt"})
     error = failure(call, evaluation, run, "--prompt", "name[A]")
-    assert f"another {index.name}, a.safetensors, model.safetensors" in error
+    assert "was made of another model.safetensors" in error
 
 
 def test_a_runs_files_have_the_same_permissions(home):
