@@ -40,7 +40,7 @@ from model import Transformer
 from molex import MoLExConfig, upcycle
 from support.adapters import GATE
 from support.cli import Parser, at_least, command_line, pick_device
-from support.files import InputError, fill, write_atomic
+from support.files import InputError, fill, make_folder, write_atomic
 
 SIZES = {"as-is": "as in Eq. 4", "own": "at the slot's own size"}
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/borrowing"), help="for the pictures")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
+    make_folder(args.out)
     gates = {}
     for folder in args.runs:
         config, tensors = read_run(folder)
@@ -158,6 +159,8 @@ def main() -> None:
     texts = texts[: args.texts]
 
     T = model.config.n_layer
+    if T == 1:
+        raise InputError(f"{args.model} has one layer, so none to borrow")
     ratios = size_ratios(model, texts)
     own = torch.eye(T, dtype=torch.bool)
     foreign = ratios[~own]
@@ -166,7 +169,6 @@ def main() -> None:
     print(f"{args.model}, {len(texts)} texts, every layer in every slot but its own:")
     print(f"|u_j(z_t)| / |u_t(z_t)|, median {foreign.median():.2f}, {low:.2f} to {high:.2f}")
     print(f"(layer {j} in slot {t}: its 5% have {high / 19:.2f} times the length of the other 95%)")
-    args.out.mkdir(parents=True, exist_ok=True)
     plot_sizes(ratios, args.out / "sizes.png")
     print(f"\n{args.out / 'sizes.png'}: the ratios as a picture")
     if encoder:

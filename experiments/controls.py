@@ -173,6 +173,8 @@ class Given(MoLEx):
 def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
     """Put the arm's pick, if it has one, in the gate's place."""
     if arm.pick:
+        if model.config.n_layer == 1:
+            raise InputError("a model of one layer has no other to give")
         model.layers.__class__ = Given  # what it holds, and the draws of its start, stay
         model.layers.pick = arm.pick(model.config.n_layer, seed)
     return model
@@ -203,7 +205,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     examples, dev = train.read_data(s, tokenizer, model.config.max_positions)
     with locked(folder):
         if arm.of:
-            write_json(folder / "origin.json", origin(s, read, model))
+            write_json(folder / "origin.json", origin(s, read, type(model.layers).__name__))
             write_json(folder / "config.json", s.as_json())
         else:
             train.fit(s, folder, give(model, arm, s.seed), examples, dev)

@@ -32,7 +32,7 @@ from eval import read_run
 from experiments.small import finished_runs, runs_parser
 from support import settings
 from support.cli import command_line
-from support.files import InputError, check, parse_json, read_text
+from support.files import InputError, check, make_folder, parse_json, read_text
 from support.pictures import plot_routes
 
 PAPER = settings.PAPER["figure2"]
@@ -67,6 +67,7 @@ def main() -> None:
     about = "Figure 2: heat maps of the routes of runs, side by side"
     what = "finished runs with MoLEx (default: train nano/roberta on CoLA and on MRPC)"
     args = runs_parser(about, what, "runs/figure2", draws=True).parse_args()
+    make_folder(args.out)
     found = {folder: read_routes(folder) for folder in finished_runs(args, *SMALL)}
 
     heads = ("early", "middle", "later", "own")
@@ -78,7 +79,6 @@ def main() -> None:
         by_third, own = thirds(shares)
         cells = "".join(f"{x:>8.0f}" for x in (*by_third, own))
         print(f"{name:48}{cells}   {PAPER.get(task, '')}")
-    args.out.mkdir(parents=True, exist_ok=True)
     plot_routes(panels, args.out / "routes.png")
     print(f"\n{args.out / 'routes.png'}: what each slot chose")
 

@@ -97,7 +97,7 @@ from model import Config, Transformer, load
 from molex import MoLExConfig, upcycle
 from support.checkpoints import checkpoint_folder
 from support.cli import Parser, at_least, command_line, pick_device, progress_bar
-from support.files import InputError, write_text
+from support.files import InputError, make_folder, write_text
 from support.settings import Settings
 from train import graphed_step, make_optimizer, train_step
 
@@ -610,6 +610,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/speed.json"), help="(%(default)s)")
     args = parser.parse_args()
+    make_folder(args.out.parent)
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     precision = args.precision or ("bf16" if cuda else "float32")
@@ -651,7 +652,6 @@ def main() -> None:
         made["models"][name] = dict(rows=rows, ratios=ratios(rows))
         del models
         gc.collect()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(made, indent=2) + "\n")  # so far, should the next one fail
     print(f"\nwritten to {args.out}")
 

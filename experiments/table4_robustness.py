@@ -42,7 +42,7 @@ from experiments.small import finished_runs, runs_parser
 from model import Transformer
 from support import settings
 from support.cli import at_least, command_line, pick_device, progress_bar
-from support.files import InputError, write_atomic
+from support.files import InputError, make_folder, write_atomic
 from support.tables import spread
 
 PAPER = settings.PAPER["table4"]
@@ -111,7 +111,7 @@ def plot(results: dict[str, dict[str, Scores]], path: Path) -> None:
         panel.set(title=GLUE[task].folder, ylabel="accuracy, %")
         panel.set(xlabel="length of the noise / length of the embedding")
         panel.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.cli import Parser, at_least, command_line
-from support.files import InputError, write_text
+from support.files import InputError, make_folder, write_text
 
 FILES = {  # SentEval's, in the order of Table 7
     "SentLen": "sentence_length",
@@ -147,7 +147,7 @@ def write_tasks(folder: Path, texts: Iterable[str], size: int, most: int) -> Non
     for name, task in tasks.items():
         if not all(task.values()) or len({label for label, _ in task["tr"]}) < 2:
             raise InputError(f"too little text to make {name} of; give more, or a larger --size")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, task in tasks.items():
         lines = [f"{split}\t{label}\t{text}\n" for split in task for label, text in task[split]]
         write_text(folder / f"{FILES[name]}.txt", "".join(lines))

@@ -248,6 +248,14 @@ def locked(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+def make_folder(path: Path) -> None:
+    """With those that it lies in, unless it is there. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {path} cannot be made: {reason(error)}") from error
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename: a kill leaves the old file or the new one whole.
     So does a full disk or a missing permission, which raises InputError."""

@@ -109,7 +109,7 @@ class RunFolder:
     def start(self, s: Settings, data: Iterable[Path], state: dict, model: Any) -> None:
         """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
         `model`: a Transformer. Raises InputError if what is there is of another run."""
-        self.origin = now = origin(s, data, model)
+        self.origin = now = origin(s, data, type(model.layers).__name__)
         last, config = self.path / "last.pt", self.path / "config.json"
         if not last.exists():
             if is_first():
@@ -335,11 +335,10 @@ def init_hash(s: Settings) -> str | None:
     return sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
-def origin(s: Settings, data: Iterable[Path], model: Any) -> dict:
+def origin(s: Settings, data: Iterable[Path], layers: str) -> dict:
     """What a run is made of: settings, the hashes of its files and of what it starts from, where
     its checkpoint was, the class of its layers, versions, command and date."""
-    made_of = dict(settings=s.as_json(), files=hashes(s, data), init=init_hash(s))
-    made_of["layers"] = type(model.layers).__name__
+    made_of = dict(settings=s.as_json(), files=hashes(s, data), init=init_hash(s), layers=layers)
     made_of["checkpoint"] = str(checkpoint_folder(s.model).resolve())
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit())
     command, date = shlex.join(sys.argv), datetime.now().astimezone().isoformat(timespec="seconds")

@@ -4,6 +4,7 @@ pytest tests/test_borrowing.py
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,18 @@ def test_an_encoder_has_ratios_and_no_loss(tmp_path):
         (["--model", "nano/roberta", "RUN"], "is no run of nano/roberta with MoLEx"),
         (["--data", "nowhere"], "trainset.csv|devset.csv"),
         (["--texts", "0"], "0 is less than 1"),
+        (["--out", "nano/README.md"], "the folder nano/README.md cannot be made: .*exists"),
+        (["--model", "ONE"], "has one layer, so none to borrow"),
     ],
 )
-def test_what_does_not_fit_is_named(run_folder, failure, flags, message):
-    flags = [str(run_folder) if flag == "RUN" else flag for flag in flags]
+def test_what_does_not_fit_is_named(run_folder, tmp_path, failure, flags, message):
+    one = tmp_path / "one"  # a model of one layer
+    model = GPT2LMHeadModel.from_pretrained("nano/gpt2")
+    del model.transformer.h[1:]
+    model.config.n_layer = 1
+    model.save_pretrained(one)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(locate("nano/gpt2") / name, one)
+    flags = [{"RUN": str(run_folder), "ONE": str(one)}.get(flag, flag) for flag in flags]
+    flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "out")]
     assert re.search(message, failure(call, borrowing, *flags))

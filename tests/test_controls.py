@@ -22,7 +22,7 @@ from experiments import controls
 from lora import add_lora
 from model import load
 from molex import MoLExConfig, upcycle
-from support.files import locate
+from support.files import InputError, locate
 from support.tables import interval
 
 CPU = torch.device("cpu")
@@ -89,6 +89,16 @@ def test_a_given_layer_has_all_the_weight_of_eq_4(checkpoint):
         (start, own), (_, other) = z[2 * t : 2 * t + 2]
         expected = start + 0.7 * (own - start) + 0.3 * (other - start)
         torch.testing.assert_close(z[2 * t + 2][0], expected)
+
+
+def test_a_model_of_one_layer_has_none_to_give(checkpoint):
+    model = load(checkpoint("gpt2"))
+    del model.layers.blocks[1:]
+    model.config = replace(model.config, n_layer=1)
+    upcycle(model, MoLExConfig())
+    for arm in ("random", "neighbour", "permutation"):
+        with pytest.raises(InputError, match="one layer has no other"):
+            controls.give(model, controls.ARMS[arm], 0)
 
 
 def test_random_draws_for_every_batch(checkpoint):

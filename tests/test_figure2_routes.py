@@ -46,7 +46,7 @@ def make_run(folder: Path, *flags: str) -> Path:
                 gate.weight.normal_()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(s)))
-    (folder / "origin.json").write_text(json.dumps(origin(s, data_files(s.task, s.data))))
+    (folder / "origin.json").write_text(json.dumps(origin(s, data_files(s.task, s.data), "MoLEx")))
     save_file(
         {n: p.detach() for n, p in trained_tensors(model).items()}, folder / "adapter.safetensors"
     )

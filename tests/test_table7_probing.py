@@ -327,7 +327,7 @@ def test_run_folder_is_read_with_what_it_has_learned(tmp_path):
         tensors = {n: strength * torch.randn_like(p) for n, p in trained_tensors(model).items()}
         save_file(tensors, tmp_path / "adapter.safetensors")
         write_text(tmp_path / "config.json", json.dumps(s.as_json()))
-        write_text(tmp_path / "origin.json", json.dumps(origin(s, [])))
+        write_text(tmp_path / "origin.json", json.dumps(origin(s, [], "Layers")))
         flags = ("--tasks", "SentLen", "--size", "24")
         tables.append(run("--model", str(tmp_path), *flags)[0])
     assert tables[0] == run("--model", "nano/gpt2", *flags)[0] != tables[1]
