@@ -15,6 +15,7 @@ run can be evaluated, too: that goes to the folder `unfinished` within it.
 
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -316,12 +317,13 @@ def sha256(path: Path, size: int, changed: int) -> str:
 
 
 def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of the files that a run reads, by name; not of what comes from the hub's data sets.
-    What is missing fails where it is read."""
-    found = {}
-    for path in [*checkpoint_files(checkpoint_folder(s.model)), *data]:
+    """SHA-256 of the files that a run reads, by name, in a checkpoint by the path within it; not of
+    what comes from the hub's data sets. What is missing fails where it is read."""
+    folder, found = checkpoint_folder(s.model), {}
+    named = {os.path.relpath(path, folder): path for path in checkpoint_files(folder)}
+    for name, path in (named | {path.name: path for path in data}).items():
         stat = path.stat()
-        found[path.name] = sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+        found[name] = sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
     return found
 
 

@@ -209,6 +209,25 @@ def test_a_file_of_weights_that_comes_first_is_another_checkpoint(home, failure)
     assert "was made of another model.safetensors" in error
 
 
+@pytest.mark.parametrize("changed", ["a", "b"])
+def test_shards_of_one_name_in_two_folders(home, failure, changed):
+    tensors, shards = load_file(home / "model/model.safetensors"), {"a": {}, "b": {}}
+    (home / "model/model.safetensors").unlink()
+    for n, (name, w) in enumerate(tensors.items()):
+        shards["ab"[n % 2]][name] = w
+    for part, held in shards.items():
+        (home / "model" / part).mkdir()
+        save_file(held, home / "model" / part / "w.safetensors", metadata={"format": "pt"})
+    index = {name: f"{part}/w.safetensors" for part, held in shards.items() for name in held}
+    file = home / "model/model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index}))
+    run_main(FLAGS)
+    held = {n: 1.5 * w for n, w in shards[changed].items()}
+    save_file(held, home / "model" / changed / "w.safetensors", metadata={"format": "pt"})
+    error = failure(call, evaluation, home / "runs/model-e2e-lora-s0")
+    assert f"was made of another {changed}/w.safetensors" in error
+
+
 def test_a_runs_files_have_the_same_permissions(home):
     old = os.umask(0o027)
     try:
