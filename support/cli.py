@@ -51,9 +51,13 @@ def command_line(main: Callable[[], None], resumes: str = "") -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read our output, `head` say, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise  # another pipe's
     except KeyboardInterrupt as stopped:
         end_interrupted(resumes, (stopped.args or [signal.SIGINT])[0])
 

@@ -23,6 +23,7 @@ from eval import generate
 from model import load
 from molex import MoLExConfig
 from support import tables
+from support.cli import command_line
 from support.settings import OF_EVALUATION, SEARCH, parse_command
 
 FLAGS = "--max-steps 3 --train-limit 24 --dev-limit 8 --test-limit 3 --beams 2 --max-new-tokens 8"
@@ -286,6 +287,14 @@ def test_what_another_evaluation_notes_is_its_own(tmp_path):
         json.loads((p / "scores.json").read_text()) for p in (run, run / "dev-limit-20")
     )
     assert of_run["examples"] == dict(train=32, dev=10) and "examples" not in other
+
+
+def test_a_pipe_that_is_not_our_outputs_is_no_quiet_end():
+    def main():
+        raise BrokenPipeError("of another process")
+
+    with pytest.raises(BrokenPipeError, match="of another process"):
+        command_line(main)
 
 
 def test_output_that_is_no_longer_read_is_no_error():
