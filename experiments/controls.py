@@ -40,8 +40,8 @@ What an arm leaves alone:
 
 Measured: differences with their 95% interval; with so many, some leave it by chance. 1 to 3: five
 seeds, `--model nano/gpt2 --epochs 1 --seeds 0 1 2 3 4 --arms molex published straight-through
-frozen random`. The rest is older: molex was then what straight-through is now. 4 to 8: three seeds
-of one epoch (the picture is figures/controls-alpha.png). 9 and 10: the first steps of a real model,
+frozen random`. 4 to 8: three seeds of the other arms (the picture is figures/controls-alpha.png). 9
+and 10 are older (molex was then what straight-through is now): the first steps of a real model,
 `--model smollm2 --data DIR --task sst2 --precision bf16 --no-learn-alpha --max-steps 200`, three
 seeds where there is an interval, else one. 11 is of today. RESULTS.md has all numbers.
 
@@ -52,15 +52,17 @@ seeds where there is an interval, else one. 11 is of today. RESULTS.md has all n
    +0.05 ± 1.47.
 3. Against MoLEx itself frozen lacks 0.48 ± 1.06 BLEU, random 0.51 ± 1.19: these seeds cannot say
    whether it matters what the gate learns.
-4. MoLEx's run with every slot's own layer alone loses 2.47 ± 1.93 BLEU to itself, but in dev loss
-   stays level with it (-0.012 ± 0.041).
-5. LoRA's run does not take a second layer that it was not trained with: its dev loss rises by
-   0.125 ± 0.060 with MoLEx's gate, by 0.037 ± 0.015 with the neighbour.
-6. Small alphas hurt: 0.5 raises the dev loss by 0.222 ± 0.174, 0.8 lowers BLEU by 4.83 ± 4.42.
-7. From 0.9 on alpha makes no clear difference in BLEU: 0.9 has +0.10 ± 2.09, 0.99 -0.40 ± 3.50 (but
-   -0.010 ± 0.009 dev loss); learned, it goes to 0.975 and has +1.09 ± 2.32.
-8. Twice the steps give LoRA the lowest mean dev loss, -0.024 ± 0.026, and +0.34 ± 1.38 BLEU; at
-   such compute MoLEx has 1.03 ± 2.48 BLEU more and 0.013 ± 0.016 dev loss more, both level.
+4. MoLEx's run with every slot's own layer alone is level with itself, -0.41 ± 1.36 BLEU and
+   -0.004 ± 0.030 dev loss: what it has learned is in the LoRA.
+5. LoRA's run does not take every second layer that it was not trained with: its dev loss rises by
+   0.037 ± 0.015 with the neighbour, by 0.065 ± 0.158 with MoLEx's gate (which in one of three
+   seeds picks cheap layers).
+6. Small alphas hurt: 0.5 lowers BLEU by 15.30 ± 13.08 and raises the dev loss by 0.340 ± 0.256;
+   0.8 has -3.40 ± 8.35.
+7. From 0.9 on alpha makes no clear difference in BLEU: 0.9 has -0.84 ± 5.80, 0.99 +0.12 ± 0.70;
+   learned, it goes to 0.981 and has -0.25 ± 1.25.
+8. Twice the steps give LoRA +0.34 ± 1.38 BLEU and the lowest dev loss, -0.024 ± 0.026; at such
+   compute MoLEx has 0.10 ± 1.37 BLEU more and 0.022 ± 0.010 dev loss more.
 9. SmolLM2: the neighbour in every slot is about level with LoRA (-2.48 ± 4.74% of accuracy), MoLEx,
    whose slots have another layer after 52% of its votes, far behind (-25.46 ± 22.29), as is a layer
    drawn anew for every batch (-25.57); a frozen gate is level with two seeds and 28.44 behind with
