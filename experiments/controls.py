@@ -55,8 +55,7 @@ seeds where there is an interval, else one. 11 is of today. RESULTS.md has all n
 4. MoLEx's run with every slot's own layer alone is level with itself, -0.41 ± 1.36 BLEU and
    -0.004 ± 0.030 dev loss: what it has learned is in the LoRA.
 5. LoRA's run does not take every second layer that it was not trained with: its dev loss rises by
-   0.037 ± 0.015 with the neighbour, by 0.065 ± 0.158 with MoLEx's gate (which in one of three
-   seeds picks cheap layers).
+   0.037 ± 0.015 with the neighbour, by 0.057, 0.131 and 0.005 with MoLEx's gate.
 6. Small alphas hurt: 0.5 lowers BLEU by 15.30 ± 13.08 and raises the dev loss by 0.340 ± 0.256;
    0.8 has -3.40 ± 8.35.
 7. From 0.9 on alpha makes no clear difference in BLEU: 0.9 has -0.84 ± 5.80, 0.99 +0.12 ± 0.70;
