@@ -14,7 +14,7 @@ DECISIONS.md has the rest beside ours, as_published.toml the settings. E2E is sc
 epoch (GLUE, here, by the best); 8 processes that vote each for itself are 8 micro-batches here.
 
     python experiments/as_published.py             small: nano/gpt2 on E2E, one seed, few steps
-    python experiments/as_published.py --model gpt2-medium --task e2e --seeds 0 1 2 3 4
+    python experiments/as_published.py --model gpt2-medium --task e2e --seeds 0 1 2 3 4    Table 2
     python experiments/as_published.py --model roberta-base --task cola          a cell of Table 1
     publish(model, MoLExConfig())      from Python; all flags but --pad are train.py's
 """
@@ -39,7 +39,7 @@ from lora import merge, trained_tensors
 from model import Config, Context, Transformer
 from molex import LOG_AFFINITIES, MoLEx, MoLExConfig, linear_gate
 from support.cli import Parser, at_least, command_line, pick_device
-from support.files import InputError, fill, locked, read_json, write_json
+from support.files import NUMBER, InputError, fill, locked, read_json, write_json
 from support.processes import world
 from support.runs import RunFolder
 from support.settings import Settings
@@ -110,9 +110,8 @@ class Published(MoLEx):
 
     def winner(self, scores: Tensor) -> int:
         """Of scores (positions, T) the layer with most votes, or the best mean; then the first."""
-        if self.config.vote == "mode":
-            votes = F.one_hot(scores.argmax(-1), scores.shape[-1]).sum(0)
-        else:
+        votes = F.one_hot(scores.argmax(-1), scores.shape[-1]).sum(0)
+        if self.config.vote == "mean":
             votes = LOG_AFFINITIES[self.config.activation](scores).exp().mean(0)
         return votes.argsort(descending=True, stable=True)[0].item()
 
@@ -151,8 +150,7 @@ def padded_collate(config: Config, pad: int):
 
 
 def decode(model: Transformer, tokenizer: Tokenizer, s: Settings, pad: int) -> tuple[list, list]:
-    """E2E's outputs and references. A prompt fills `pad` positions, all of which vote; the answer
-    goes on from its last token and sees no padding."""
+    """E2E's outputs, references. All `pad` places of a prompt vote; the answer sees no padding."""
     hidden = model.hidden
 
     def wide(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -173,18 +171,16 @@ def as_script(s: Settings, pad: int | None = None) -> Settings:
     """The settings of a run as its script has them; `pad`: 512, or all positions of the model."""
     config = Config.load(s.model)
     check(config, s.molex)
-    if s.task not in SCRIPTS or config.causal != (s.task == "e2e"):
-        raise InputError("the published code has E2E with GPT-2, and GLUE with RoBERTa")
+    if s.init or s.task not in SCRIPTS or config.causal != (s.task == "e2e"):
+        raise InputError("the published code has E2E with GPT-2, GLUE with RoBERTa, no --init-from")
     room = config.max_positions - (s.max_new_tokens if s.task == "e2e" else 0)
     if (pad or 0) > room:
         raise InputError(f"--pad is {pad}, but the model has room for {room} tokens")
     script = {} if s.task == "e2e" else dict(SCRIPTS["glue"])
-    script.update(SCRIPTS[s.task], max_length=pad or min(512, room))
+    script.update(SCRIPTS[s.task], **SCRIPTS.get(s.shape, {}), max_length=pad or min(512, room))
     processes = script.pop("processes", 1)
     if s.shape.startswith("roberta"):
         script.update(batch_size=processes * s.batch_size, accumulate=processes)
-    if s.shape == "roberta-base":
-        script["lora_alpha"] = 16.0
     of_gate = {name: script.pop(name) for name in vars(s.molex).keys() & script.keys()}
     return replace(s, molex=replace(s.molex, **of_gate), **script)
 
@@ -192,7 +188,7 @@ def as_script(s: Settings, pad: int | None = None) -> Settings:
 def run(s: Settings, folder: Path, device: torch.device) -> dict[str, float]:
     """Train and score one run as published, or what is left of it."""
     if RunFolder(folder).finished(s, data.data_files(s.task, s.data)):
-        return read_json(folder / "scores.json")
+        return read_json(folder / "scores.json", dict.fromkeys(shown(s.task, TASKS), NUMBER))
     model, tokenizer = train.prepare(s, device)
     publish(model, s.molex)
     uncut = replace(s, max_length=model.config.max_positions)
@@ -226,18 +222,22 @@ def report(task: str, papers: list[dict], columns: list[list[dict]]) -> None:
 def main() -> None:
     parser = Parser(description="MoLEx as published; also train.py's flags", allow_abbrev=False)
     parser.add_argument("--pad", type=at_least(1), help="positions of a text (512, if it has them)")
+    parser.add_argument("--out", type=Path, default=Path("runs/as-published"), help="for the runs")
     args, flags = parser.parse_known_args()
     given, runs = train.parse([*(flags or SMALL), "--compare"])
     if given.fresh:
         raise InputError("--fresh is not heeded here: remove the runs that are to go")
+    out = args.out if flags else args.out / "small"
     device, papers, notes = pick_device(given.device), {}, set()
+    for s in runs:  # an error, if another run is there
+        RunFolder(out / s.name).finished(s, data.data_files(s.task, s.data))
     columns = {s.task: ([], [], []) for s in runs}  # task -> the scores of each method's runs
     for plain, written in zip(runs[::2], runs[1::2], strict=True):
-        task = written.task
-        script = as_script(written, args.pad)
-        columns[task][2].append(run(script, given.out / "as-published" / script.name, device))
-        for column, s in zip(columns[task], (plain, written), strict=False):
-            column.append(read_json(train.run(s, given.out, False, device) / "scores.json"))
+        task, script = written.task, as_script(written, args.pad)
+        columns[task][2].append(run(script, out / "as-published" / script.name, device))
+        for found, s in zip(columns[task], (plain, written), strict=False):
+            finished = RunFolder(train.run(s, out, False, device))
+            found.append(finished.read_scores(shown(task, TASKS)))
         papers[task] = [paper(s, TASKS) for s in (plain, written)]
         ours, code = (dict(vars(s), molex=None, **vars(s.molex)) for s in (written, script))
         notes |= {f"{task}: {n} {x}, as written {ours[n]}" for n, x in code.items() if x != ours[n]}

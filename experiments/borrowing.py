@@ -42,7 +42,7 @@ from support.adapters import GATE
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, fill, make_folder, write_atomic
 
-SIZES = {"as-is": "as in Eq. 4", "own": "at the slot's own size"}
+TITLES = {"as-is": "as in Eq. 4", "own": "at the slot's own size"}
 
 
 def batches(model: Transformer, texts: list[list[int]]) -> Iterator[Batch]:
@@ -100,7 +100,7 @@ def plot_rises(layers: list[tuple], others: dict[str, tuple], path: Path) -> Non
     figure = Figure(figsize=(7.5, 3.5), layout="constrained")
     panel = figure.subplots()
     colors = ("tab:blue", "tab:orange")
-    for color, title, rises in zip(colors, SIZES.values(), zip(*layers, strict=True), strict=True):
+    for color, title, rises in zip(colors, TITLES.values(), zip(*layers, strict=True), strict=True):
         panel.plot(range(len(rises)), rises, "o-", color=color, markersize=4, label=title)
     for i, (name, rises) in enumerate(others.items()):
         for color, rise in zip(colors, rises, strict=True):
@@ -157,6 +157,8 @@ def main() -> None:
     longest = model.config.max_positions
     texts = [ids[:longest] for text in texts if len(ids := tokenizer.encode(text)) > 1]
     texts = texts[: args.texts]
+    if not texts:
+        raise InputError(f"no text of {args.data} has two tokens, so none has a next one")
 
     T = model.config.n_layer
     if T == 1:
@@ -175,14 +177,14 @@ def main() -> None:
         return
     plain = text_loss(model, texts)
     print(f"\n{plain:.3f} nats a token before a layer is borrowed; then they rise by\n")
-    print(f"{'borrowed':32}" + "".join(f"{title:>24}" for title in SIZES.values()))
+    print(f"{'borrowed':32}" + "".join(f"{title:>24}" for title in TITLES.values()))
 
     def rise(
         name: str, config: MoLExConfig, pick: Pick | None = None, gate: dict | None = None
     ) -> tuple[float, ...]:
         """At each of the two sizes: with the layers that are given, or else a run's gate."""
         found = []
-        for size in SIZES:
+        for size in TITLES:
             upcycle(model, replace(config, borrow_size=size))
             if pick:
                 give(model, Arm(pick=lambda T, seed: pick), 0)

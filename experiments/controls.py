@@ -79,7 +79,9 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from math import log10
 from pathlib import Path
 from statistics import mean
@@ -93,7 +95,7 @@ from data import GLUE, TASKS, Example, Tokenizer, data_files
 from eval import bleu, build, decode_test, dev_scores, read_run
 from experiments import as_published
 from lora import merge, trained_tensors
-from model import Transformer
+from model import Config, Transformer
 from molex import MoLEx
 from support.cli import Parser, command_line, pick_device
 from support.files import NUMBER, InputError, fill, locked, read_json, write_atomic, write_json
@@ -172,24 +174,39 @@ class Given(MoLEx):
         return log_a
 
 
+def check(arm: Arm, config: Config) -> None:
+    """Raise InputError if the arm gives another layer, and the model has none."""
+    if arm.pick not in (None, own) and config.n_layer == 1:
+        raise InputError("a model of one layer has no other to give")
+
+
 def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
     """Put the arm's pick, if it has one, in the gate's place."""
     if arm.pick:
-        if model.config.n_layer == 1:
-            raise InputError("a model of one layer has no other to give")
+        check(arm, model.config)
         model.layers.__class__ = Given  # what it holds, and the draws of its start, stay
         model.layers.pick = arm.pick(model.config.n_layer, seed)
     return model
 
 
+def difference(folder: Path, s: train.Settings) -> str:
+    """In which settings the run that is there is another; "": in none, or there is no run."""
+    where = folder / "config.json"
+    other = other_settings(read_json(where), s, where) if where.exists() else []
+    return f"{folder} is of a run with another {', '.join(other)}" if other else ""
+
+
+def last_entry(folder: Path, s: train.Settings) -> dict:
+    """Of the log, with the `seconds` that training took."""
+    entry = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
+    return entry | dict(seconds=entry["step"] * entry["seconds_per_step"])
+
+
 def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
     arm, folder = ARMS[name], out / name / f"s{s.seed}"
-    if (folder / "config.json").exists():
-        where = folder / "config.json"
-        if other := other_settings(read_json(where), s, where):
-            what = f"{folder} is of a run with another {', '.join(other)}"
-            raise InputError(f"{what}; take another --out, or remove it")
+    if what := difference(folder, s):
+        raise InputError(f"{what}; take another --out, or remove it")
     read = data_files(s.task, s.data)
     if (folder / "controls.json").exists():
         RunFolder(folder).check_files(s, read, "take another --out, or remove it")
@@ -197,10 +214,11 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     print(folder, flush=True)
     if arm.published:
         found = as_published.run(s, folder, device)
-        last = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
-        gate = last["curve"][-1]
-        found.update(alpha=gate["alpha"], own=100 * gate["own"])
-        found["seconds"] = last["step"] * last["seconds_per_step"]
+        last = last_entry(folder, s)
+        gate = last["curve"][-1] if last["curve"] else {}
+        if "own" not in gate:
+            raise InputError(f"{folder / 'metrics.jsonl'} has no point with a gate")
+        found.update(alpha=gate["alpha"], own=100 * gate["own"], seconds=last["seconds"])
         write_json(folder / "controls.json", found)
         return
     model, tokenizer = train.prepare(s, device)
@@ -221,8 +239,7 @@ def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
             fill(ours, theirs, f"{other} does not fit {first}: it")
         found = score(give(model, arm, s.seed), tokenizer, dev, s) | dict(seconds=None)
         if not arm.of:
-            last = RunFolder(folder, TASKS[s.task].metric).read_log()[-1]
-            found["seconds"] = last["step"] * last["seconds_per_step"]
+            found["seconds"] = last_entry(folder, s)["seconds"]
         write_json(folder / "controls.json", found)
 
 
@@ -306,23 +323,30 @@ def main() -> None:
     out = args.out if flags else args.out / "small"
     wanted = {"lora", *args.arms, *(n for arm in args.arms for n in ARMS[arm].of)}
     plan: dict[str, dict[int, train.Settings]] = defaultdict(dict)  # arm -> seed
+    said: dict[str, None] = {}  # what the flags of some arms mean nothing to, each once
     for name, arm in ARMS.items():
         if name in wanted:
-            theirs, runs = train.parse([*(flags or SMALL), *arm.flags.split(), "--compare"])
+            notes = StringIO()
+            try:
+                with redirect_stdout(notes):
+                    theirs, runs = train.parse([*(flags or SMALL), *arm.flags.split(), "--compare"])
+                    check(arm, Config.load(theirs.model))
+                    if arm.published:
+                        runs = [as_published.as_script(s) for s in runs if s.molex]
+            except InputError as error:
+                if name == "lora":
+                    raise
+                print(f"{name} is left out: {error}")
+                continue
+            said |= dict.fromkeys(notes.getvalue().splitlines())
             if theirs.fresh or len({s.task for s in runs}) > 1:
                 raise InputError("give one task, and no --fresh: remove the runs that are to go")
             for s in runs:
                 if bool(s.molex) == arm.molex:
                     longer = dict(epochs=arm.times * s.epochs)
                     longer["max_steps"] = s.max_steps and arm.times * s.max_steps
-                    s = replace(s, **longer)
-                    if arm.published:
-                        try:
-                            s = as_published.as_script(s)
-                        except InputError as error:
-                            print(f"{name} is left out: {error}")
-                            continue
-                    plan[name][s.seed] = s
+                    plan[name][s.seed] = replace(s, **longer)
+    print(*said, sep="\n", end="\n" if said else "")
     task = runs[0].task
     metrics = {"e2e": ["bleu", "dev_loss"], "alpaca": ["dev_loss"]}.get(task)
     metrics = metrics or [GLUE[task].metric]
@@ -331,6 +355,8 @@ def main() -> None:
     for seed in plan["lora"]:
         for name, runs in plan.items():
             file = out / name / f"s{seed}" / "controls.json"
+            if args.report and (what := difference(file.parent, runs[seed])):
+                print(what)
             if not args.report:
                 run(name, runs[seed], out, pick_device(theirs.device))
             if file.exists():

@@ -47,6 +47,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "adapter.safetensors").exists() or (folder / "last.pt").exists()
 
 
+REPLACE = "take another --out, or remove it (train.py: --fresh)"
 PUT_BACK = "put back what was there, or train anew with train.py --fresh"
 
 
@@ -66,14 +67,13 @@ class RunFolder:
             return False
         if changed := other_settings(files.read_json(where), s, where):
             what = f"{self.path} holds a run with another {', '.join(changed)}"
-            raise InputError(f"{what}; pass --fresh to replace it or --out DIR to keep both")
+            raise InputError(f"{what}; {REPLACE}")
         if not (self.path / "scores.json").exists():
             return False
-        advice = "pass --fresh to replace it or --out DIR to keep both"
-        self.check_files(s, data, advice)
+        self.check_files(s, data, REPLACE)
         then = files.read_json(self.path / "origin.json").get("init")  # an older run has none
         if then not in (None, init_hash(s)):
-            raise InputError(f"{self.path} started from {s.init}, which has changed; {advice}")
+            raise InputError(f"{self.path} started from {s.init}, which has changed; {REPLACE}")
         with suppress(InputError), files.locked(self.path):
             pass  # so goes the lock's file that a kill at the very end has left
         return True

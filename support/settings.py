@@ -432,6 +432,9 @@ def say_idle(args: argparse.Namespace, runs: list[Settings], gate: type) -> None
             why = "it is MoLEx's"
         elif name == "proj_dim" and all(config.gate != "cosine" for config in gates):
             why = "only a cosine gate has a projection"
+        elif name == "gate_weight" and all(config.top_k > 1 for config in gates):
+            if args.gate_weight == "straight-through":
+                why = "with K > 1 the task teaches the gate anyway"
         elif name.startswith("lora_") and all(s.tune != "lora" for s in runs):
             why = f"--tune {runs[0].tune} has no LoRA"
         elif name in runs[0].search() and not writes:

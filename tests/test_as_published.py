@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +230,18 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys, fai
     assert capsys.readouterr().out.count("finished before, kept") == 2
     ours, published = tmp_path / runs[1], tmp_path / runs[2]
     before = (published / "scores.json").read_bytes()
+    for run in runs:  # what is there of other settings is noticed before anything is trained
+        away = (tmp_path / run).rename(tmp_path / "away")
+        error = failure(call, as_published, *flags, "--lr", "0.5", "--out", tmp_path)
+        assert re.search(r"with another lr(, \w+)*; take another --out, or remove it", error)
+        assert not (tmp_path / run).exists()
+        away.rename(tmp_path / run)
+    for run in runs:
+        scores = (tmp_path / run / "scores.json").read_bytes()
+        (tmp_path / run / "scores.json").write_text("{}")
+        error = failure(call, as_published, *flags, "--out", tmp_path)
+        assert f"{run}/scores.json lacks" in error
+        (tmp_path / run / "scores.json").write_bytes(scores)
     error = failure(call, evaluation, published)
     assert f"{published} is a run of Published, not of MoLEx" in error
     assert (published / "scores.json").read_bytes() == before
@@ -242,7 +255,7 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys, fai
     [
         ("--model nano/roberta --task cola --pad 20", "--pad is 20, but the longest text has 56"),
         ("--model nano/gpt2 --pad 250", "--pad is 250, but the model has room for 192 tokens"),
-        ("--model nano/gpt2 --task cola --data nano/glue", "E2E with GPT-2, and GLUE with RoBERTa"),
+        ("--model nano/gpt2 --task cola --data nano/glue", "E2E with GPT-2, GLUE with RoBERTa"),
         ("--model nano/gpt2 --on-device", "as published there is no --on-device"),
         ("--model nano/gpt2 --route sequence", "there is no --route"),
         ("--model nano/gpt2 --borrow-size own", "there is no --borrow-size"),
@@ -252,6 +265,28 @@ def test_the_small_form_prints_the_three_beside_each_other(tmp_path, capsys, fai
 def test_bad_input(flags, message, failure, tmp_path):
     assert message in failure(call, as_published, *flags.split(), "--out", tmp_path)
     assert not [*tmp_path.rglob("*.safetensors")]
+
+
+def test_without_a_flag_of_training_it_is_the_small_form_in_a_folder_of_its_own(
+    tmp_path, monkeypatch
+):
+    small = "--max-steps 1 --batch-size 2 --test-limit 1 --beams 1 --max-new-tokens 1".split()
+    monkeypatch.setattr(as_published, "SMALL", [*small, "--train-limit", "4"])
+    monkeypatch.chdir(tmp_path)
+    call(as_published)
+    runs = {file.parent for file in Path().rglob("config.json")}
+    names = (
+        "as-published/nano-gpt2-e2e-molex-s0",
+        "nano-gpt2-e2e-molex-s0",
+        "nano-gpt2-e2e-lora-s0",
+    )
+    assert runs == {Path("runs/as-published/small") / name for name in names}
+
+
+def test_it_starts_from_no_other_run():
+    s = replace(train.parse("--model nano/roberta --task cola".split())[1][-1], init="runs/x")
+    with pytest.raises(InputError, match="no --init-from"):
+        as_script(s)
 
 
 def test_a_llama_is_refused():

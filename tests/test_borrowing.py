@@ -132,6 +132,10 @@ def test_an_encoder_has_ratios_and_no_loss(tmp_path):
         (["--data", "nowhere"], "trainset.csv|devset.csv"),
         (["--texts", "0"], "0 is less than 1"),
         (["--out", "nano/README.md"], "the folder nano/README.md cannot be made: .*exists"),
+        (
+            ["--model", "nano/roberta", "--task", "cola", "--data", "SHORT"],
+            "no text .* has two tokens",
+        ),
         (["--model", "ONE"], "has one layer, so none to borrow"),
     ],
 )
@@ -143,6 +147,10 @@ def test_what_does_not_fit_is_named(run_folder, tmp_path, failure, flags, messag
     model.save_pretrained(one)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(locate("nano/gpt2") / name, one)
-    flags = [{"RUN": str(run_folder), "ONE": str(one)}.get(flag, flag) for flag in flags]
+    short = tmp_path / "short/CoLA"  # one text, of no token
+    short.mkdir(parents=True)
+    (short / "dev.tsv").write_text("source\t1\t\ta\n")
+    places = {"RUN": run_folder, "ONE": one, "SHORT": short.parent}
+    flags = [str(places.get(flag, flag)) for flag in flags]
     flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "out")]
     assert re.search(message, failure(call, borrowing, *flags))

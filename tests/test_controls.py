@@ -99,6 +99,7 @@ def test_a_model_of_one_layer_has_none_to_give(checkpoint):
     for arm in ("random", "neighbour", "permutation"):
         with pytest.raises(InputError, match="one layer has no other"):
             controls.give(model, controls.ARMS[arm], 0)
+    assert controls.give(model, controls.ARMS["own"], 0) is model
 
 
 def test_random_draws_for_every_batch(checkpoint):
@@ -217,6 +218,46 @@ def test_a_run_whose_layers_were_given_is_not_evaluated_with_its_gate(small, fai
     folder = small / "out/neighbour/s0"
     error = failure(call, evaluation, folder)
     assert f"{folder} is a run of Given, not of MoLEx; the script that trained it" in error
+
+
+def test_a_report_says_what_is_of_other_settings(small):
+    said = run(small, "--report", "--lr", "0.5")
+    assert f"{small}/out/lora/s0 is of a run with another lr" in said
+    assert not any("is of a run with another" in line for line in run(small, "--report"))
+
+
+def test_what_the_flags_of_an_arm_do_not_fit_is_left_out(small, failure):
+    flags = ["--data", small, "--out", small / "device", "--max-steps", 1, "--batch-size", 4]
+    flags += ["--beams", 1, "--max-new-tokens", 2, "--proj-dim", 5]
+    said = printed_by(controls, *flags, "--on-device", "--arms", "sequence", "molex")
+    assert "sequence is left out: --on-device needs one choice for the batch, not --route" in str(
+        said
+    )
+    assert any(line.startswith("molex") for line in said)
+    assert sum("--proj-dim has no effect here" in line for line in said) == 1
+    error = failure(call, controls, *flags, "--on-device", "--route", "sequence")
+    assert error.startswith("error: --on-device needs one choice")
+
+
+def test_arms_that_need_another_layer_are_left_out_where_there_is_none(small, monkeypatch):
+    read = controls.Config.load
+    monkeypatch.setattr(controls.Config, "load", lambda name: replace(read(name), n_layer=1))
+    said = run(small, "--report")
+    assert "neighbour is left out: a model of one layer has no other to give" in said
+    assert "lora-neighbour is left out: a model of one layer has no other to give" in said
+    assert not any("left out" in line for line in said if line.startswith(("own", "lora-gate")))
+
+
+@pytest.mark.parametrize("curve", [[], [{"step": 1, "loss_sum": 1.0}]])
+def test_a_published_run_whose_log_lacks_the_gate_is_named(small, monkeypatch, failure, curve):
+    s = train.parse(["--data", str(small), "--seeds", "7"])[1][-1]
+    folder = small / "damaged/published/s7"
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"step": 3, "seconds_per_step": 1.0, "dev_loss": 2.0, "curve": curve}
+    (folder / "metrics.jsonl").write_text(json.dumps(entry))
+    monkeypatch.setattr(controls.as_published, "run", lambda *_: {})
+    error = failure(controls.run, "published", s, small / "damaged", CPU)
+    assert f"{folder}/metrics.jsonl has no point with a gate" in error
 
 
 def test_an_arm_that_the_published_code_has_not_is_left_out(small):

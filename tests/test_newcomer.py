@@ -110,6 +110,10 @@ def test_a_dev_limit_holds_for_the_evaluation(tmp_path):
         ("--tune full --lora-r 64", "--lora-r has no effect here: --tune full has no LoRA"),
         ("--model nano/roberta --task mrpc --test-limit 9", "--test-limit has no effect here"),
         ("--model nano/roberta --task mrpc --beams 9", "--beams has no effect here"),
+        (
+            "--gate-weight straight-through --top-k 2",
+            "--gate-weight has no effect here: with K > 1",
+        ),
         ("--proj-dim 64", "--proj-dim has no effect here: only a cosine gate has a projection"),
         ("--seeds 0 0", "a seed is given twice: that is one run"),
         ("--resume", "--resume is not needed: the same command goes on"),
