@@ -158,7 +158,7 @@ def main() -> None:
     texts = [ids[:longest] for text in texts if len(ids := tokenizer.encode(text)) > 1]
     texts = texts[: args.texts]
     if not texts:
-        raise InputError(f"no text of {args.data} has two tokens, so none has a next one")
+        raise InputError(f"no text of {args.task} has two tokens, so none has a next one")
 
     T = model.config.n_layer
     if T == 1:

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(run_folder, tmp_path, failure, flags, messag
     model.save_pretrained(one)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(locate("nano/gpt2") / name, one)
-    short = tmp_path / "short/CoLA"  # one text, of no token
+    short = tmp_path / "short/CoLA"  # one text, of one token
     short.mkdir(parents=True)
     (short / "dev.tsv").write_text("source\t1\t\ta\n")
     places = {"RUN": run_folder, "ONE": one, "SHORT": short.parent}

@@ -230,9 +230,7 @@ def test_what_the_flags_of_an_arm_do_not_fit_is_left_out(small, failure):
     flags = ["--data", small, "--out", small / "device", "--max-steps", 1, "--batch-size", 4]
     flags += ["--beams", 1, "--max-new-tokens", 2, "--proj-dim", 5]
     said = printed_by(controls, *flags, "--on-device", "--arms", "sequence", "molex")
-    assert "sequence is left out: --on-device needs one choice for the batch, not --route" in str(
-        said
-    )
+    assert any(line.startswith("sequence is left out: --on-device needs one") for line in said)
     assert any(line.startswith("molex") for line in said)
     assert sum("--proj-dim has no effect here" in line for line in said) == 1
     error = failure(call, controls, *flags, "--on-device", "--route", "sequence")
