@@ -16,7 +16,7 @@ epoch (GLUE, here, by the best); 8 processes that vote each for itself are 8 mic
     python experiments/as_published.py             small: nano/gpt2 on E2E, one seed, few steps
     python experiments/as_published.py --model gpt2-medium --task e2e --seeds 0 1 2 3 4    Table 2
     python experiments/as_published.py --model roberta-base --task cola          a cell of Table 1
-    publish(model, MoLExConfig())      from Python; all flags but --pad are train.py's
+    publish(model, MoLExConfig())           from Python; flags are --pad and train.py's
 """
 
 import math
@@ -223,12 +223,13 @@ def main() -> None:
     parser = Parser(description="MoLEx as published; also train.py's flags", allow_abbrev=False)
     parser.add_argument("--pad", type=at_least(1), help="positions of a text (512, if it has them)")
     parser.add_argument("--out", type=Path, default=Path("runs/as-published"), help="for the runs")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args, flags = parser.parse_known_args()
     given, runs = train.parse([*(flags or SMALL), "--compare"])
     if given.fresh:
         raise InputError("--fresh is not heeded here: remove the runs that are to go")
     out = args.out if flags else args.out / "small"
-    device, papers, notes = pick_device(given.device), {}, set()
+    device, papers, notes = pick_device(args.device), {}, set()
     for s in runs:  # an error, if another run is there
         RunFolder(out / s.name).finished(s, data.data_files(s.task, s.data))
     columns = {s.task: ([], [], []) for s in runs}  # task -> the scores of each method's runs

@@ -24,7 +24,7 @@ every slot, a gate that chooses it, an alpha, and more compute. Here each has an
     python experiments/controls.py --model smollm2 --data DIR --max-steps 150 --seeds 0 1 2 \
         --arms lora molex neighbour
 
-All flags but the three of `--help` are train.py's. A seed gives all arms the same start of the LoRA
+All flags but the four of `--help` are train.py's. A seed gives all arms the same start of the LoRA
 and the same batches in the same order; seed after seed, so that an end too early leaves whole
 seeds. The same command again resumes and keeps what is finished; with --report it trains nothing
 and prints what is there. A run is scored by its best epoch: GLUE by the task's metric, E2E by BLEU
@@ -189,7 +189,7 @@ def give(model: Transformer, arm: Arm, seed: int) -> Transformer:
     return model
 
 
-def difference(folder: Path, s: train.Settings) -> str:
+def mismatch(folder: Path, s: train.Settings) -> str:
     """In which settings the run that is there is another; "": in none, or there is no run."""
     where = folder / "config.json"
     other = other_settings(read_json(where), s, where) if where.exists() else []
@@ -205,7 +205,7 @@ def last_entry(folder: Path, s: train.Settings) -> dict:
 def run(name: str, s: train.Settings, out: Path, device: torch.device) -> None:
     """Train and evaluate one run, or what is left of it; its scores go to controls.json."""
     arm, folder = ARMS[name], out / name / f"s{s.seed}"
-    if what := difference(folder, s):
+    if what := mismatch(folder, s):
         raise InputError(f"{what}; take another --out, or remove it")
     read = data_files(s.task, s.data)
     if (folder / "controls.json").exists():
@@ -319,8 +319,9 @@ def main() -> None:
     parser.add_argument("--arms", help=f"and lora, and what they need ({' '.join(ARMS)})", **arms)
     parser.add_argument("--out", type=Path, default=Path("runs/controls"), help="where runs go")
     parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args, flags = parser.parse_known_args()
-    out = args.out if flags else args.out / "small"
+    device, out = pick_device(args.device), args.out if flags else args.out / "small"
     wanted = {"lora", *args.arms, *(n for arm in args.arms for n in ARMS[arm].of)}
     plan: dict[str, dict[int, train.Settings]] = defaultdict(dict)  # arm -> seed
     said: dict[str, None] = {}  # what the flags of some arms mean nothing to, each once
@@ -355,10 +356,10 @@ def main() -> None:
     for seed in plan["lora"]:
         for name, runs in plan.items():
             file = out / name / f"s{seed}" / "controls.json"
-            if args.report and (what := difference(file.parent, runs[seed])):
+            if args.report and (what := mismatch(file.parent, runs[seed])):
                 print(what)
             if not args.report:
-                run(name, runs[seed], out, pick_device(theirs.device))
+                run(name, runs[seed], out, device)
             if file.exists():
                 found.setdefault(name, {})[seed] = read_json(file, forms)
     if "lora" not in found:

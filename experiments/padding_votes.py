@@ -70,11 +70,12 @@ def main() -> None:
         s = as_published.as_script(train.parse(flags)[1][0])
         folders = [Path("runs/padding-votes") / s.name]
         as_published.run(s, folders[0], device)
+    settings = [read_settings(folder, MoLExConfig) for folder in folders]
+    runs = [RunFolder(folder) for folder in folders]
+    trained = [run.best(s, Published.__name__) for run, s in zip(runs, settings, strict=True)]
     heads = ("votes of padding", "its route", "the text's", "decisions")
     print(f"{'':30}" + "".join(f"{head:>18}" for head in heads))
-    for folder in folders:
-        s = read_settings(folder, MoLExConfig)
-        tensors = RunFolder(folder, TASKS[s.task].metric).best(s, Published.__name__)
+    for folder, s, tensors in zip(folders, settings, trained, strict=True):
         model, tokenizer = build(s, device)
         publish(model, s.molex).eval()
         fill(trained_tensors(model), tensors, f"{folder} is no run as published: it")

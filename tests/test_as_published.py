@@ -273,7 +273,7 @@ def test_without_a_flag_of_training_it_is_the_small_form_in_a_folder_of_its_own(
     small = "--max-steps 1 --batch-size 2 --test-limit 1 --beams 1 --max-new-tokens 1".split()
     monkeypatch.setattr(as_published, "SMALL", [*small, "--train-limit", "4"])
     monkeypatch.chdir(tmp_path)
-    call(as_published)
+    call(as_published, "--device", "cpu")
     runs = {file.parent for file in Path().rglob("config.json")}
     names = (
         "as-published/nano-gpt2-e2e-molex-s0",
@@ -335,6 +335,10 @@ def test_padding_votes_reads_a_run(tmp_path, monkeypatch, capsys, failure):
     found = [float(x) for x in re.findall(r"([\d.]+) %", line)]
     assert line.startswith("nano/roberta, CoLA, seed 0") and len(found) == 3
     assert 85 < found[0] < 92  # 28 of 256 tokens are text
-    call(padding_votes, "runs/padding-votes/nano-roberta-cola-molex-s0")
+    folder = "runs/padding-votes/nano-roberta-cola-molex-s0"
+    call(padding_votes, folder)
     assert capsys.readouterr().out.splitlines()[-1] == line
+    with pytest.raises(InputError):
+        call(padding_votes, folder, tmp_path)
+    assert not capsys.readouterr().out  # no head of a table that does not come
     assert "finished epoch" in failure(call, padding_votes, tmp_path)

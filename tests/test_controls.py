@@ -237,6 +237,11 @@ def test_what_the_flags_of_an_arm_do_not_fit_is_left_out(small, failure):
     assert error.startswith("error: --on-device needs one choice")
 
 
+def test_a_device_alone_is_the_small_form(tmp_path, failure):
+    error = failure(call, controls, "--device", "cpu", "--report", "--out", tmp_path)
+    assert error == f"error: {tmp_path}/small holds no finished run of lora"
+
+
 def test_arms_that_need_another_layer_are_left_out_where_there_is_none(small, monkeypatch):
     read = controls.Config.load
     monkeypatch.setattr(controls.Config, "load", lambda name: replace(read(name), n_layer=1))
