@@ -62,7 +62,7 @@ E2E_TOKENIZED = {"train": "train.txt", "dev": "valid.txt", "test": "test.txt"}
 E2E_HUB = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 # The names that Li & Liang (2021), and after them the LoRA paper, use in the prompt.
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
-PAIR = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"  # name[value]; an MR has one or more, or is in form
+PAIR = r"\s*[^][,\s][^][,]*\[[^][]*\]\s*"  # an MR is one or more name[value], or in form
 MR = re.compile(rf"(?P<in_form>[^][|:]+ : [^|]*( \| [^][|:]+ : [^|]*)*)|{PAIR}(,{PAIR})*")
 
 

@@ -7,10 +7,10 @@ a slot. Its own layer t keeps the share alpha = 0.95; the rest goes to the K lay
 gate has chosen among all T. Layers are shared, not copied ("sparse upcycling"): the only new
 parameters are the gate's and, if it is learned, alpha.
 
-    model = upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig())
+    upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig(layers=tuple(range(12))))
     python molex.py                     one sentence's way through nano/gpt2, slot by slot
 
-`MoLEx` takes the place of model.py's `Layers`; nothing else changes. Where the paper is silent:
+`MoLEx` takes the place of model.py's `Layers`; nothing else changes. What Eq. 4 leaves open:
 
 - Every token scores every layer, but then one decision holds for the whole batch ("batch routing",
   appendix B.1). With route="sequence" each sequence decides for itself, so that a prediction does
@@ -48,7 +48,7 @@ def linear_gate(d_model: int, T: int, config: "MoLExConfig") -> nn.Module:
 
 class CosineGate(nn.Module):
     """The router of X-MoE (Chi et al., 2022): project z, take the cosine with one learned
-    embedding per layer, divide by a learned temperature. (..., D) -> (..., T). The authors' own
+    embedding per layer, divide by a learned temperature. (..., D) -> (..., T). MoLEx's own code
     has a bias in the projection, normalises the projected states over the sequence, and multiplies
     by a temperature that starts at 2."""
 
@@ -76,8 +76,8 @@ def by_mode(votes: Tensor, affinity: Tensor) -> Tensor:
 
 
 def renormalised(log_a: Tensor) -> Tensor:
-    """Eq. 4, softmax after TopK: a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K). With
-    K = 1 that is 1, whatever the gate says: load balance alone teaches it, not the task."""
+    """a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K): Eq. 4, but for sigmoid, where it
+    is a reading. With K = 1 that is 1: load balance alone teaches the gate, not the task."""
     return log_a.softmax(-1) if log_a.shape[-1] > 1 else torch.ones_like(log_a)
 
 
@@ -143,8 +143,8 @@ class MoLExConfig:
 class MoLEx(nn.Module):
     """The stack of layers, Eq. 4, over the blocks of a model's `Layers`.
 
-    After a forward pass in training, `load_balance` is the load-balance loss; `routes` counts what
-    was chosen (support/routes.py)."""
+    After a forward pass in training, `load_balance` is the load-balance loss, under torchrun this
+    process's share of it; `routes` counts what was chosen (support/routes.py)."""
 
     def __init__(self, blocks: nn.ModuleList, d_model: int, config: MoLExConfig) -> None:
         super().__init__()
@@ -153,24 +153,24 @@ class MoLEx(nn.Module):
         self.blocks = blocks  # the model's own, not copies
         self.config = config
         self.slots = sorted(set(range(T) if config.layers is None else config.layers))
-        copies = len(self.slots) if config.individual_gates else 1
+        n_gates = len(self.slots) if config.individual_gates else 1
         new_gate = GATES[config.gate]
-        self.gates = nn.ModuleList(new_gate(d_model, T, config) for _ in range(copies))
+        self.gates = nn.ModuleList(new_gate(d_model, T, config) for _ in range(n_gates))
         if config.learn_alpha:  # behind a sigmoid, so that it stays between 0 and 1
             start = math.log(config.alpha / (1 - config.alpha))
-            self.alpha_logit = nn.Parameter(torch.full((copies,), start))
+            self.alpha_logit = nn.Parameter(torch.full((n_gates,), start))
         self.load_balance: Tensor | None = None
         self.routes = RouteLog(T, self.slots, config.top_k)
         self.bank = LayerBank(blocks)  # for on_device
 
-    def copy(self, t: int) -> int:
+    def gate_of(self, t: int) -> int:
         """Which of the gates and alphas slot t uses."""
         return self.slots.index(t) if self.config.individual_gates else 0
 
     def alpha(self, t: int) -> Tensor | float:
         """The share of slot t's own layer."""
         if self.config.learn_alpha:
-            return self.alpha_logit[self.copy(t)].sigmoid()
+            return self.alpha_logit[self.gate_of(t)].sigmoid()
         return self.config.alpha
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class MoLEx(nn.Module):
             picks = self.choose(t, log_a, favourite, ctx)  # the vote
             w = self.weights(log_a, picks)
             chosen = self.run_chosen(t, z, ctx, picks, w)  # the layers that it has chosen
-        join(side, [*chosen, *self.routes.open[-1:]])
+        join(side, [*chosen, *self.routes.open[-1:]])  # and what `choose` has noted
         u = own - z
         size = SIZES[self.config.borrow_size]
         updates = []
@@ -243,7 +243,7 @@ class MoLEx(nn.Module):
         layer is next to impossible still has finite weights.
         """
         with torch.autocast(z.device.type, enabled=False):
-            gate = self.gates[self.copy(t)]
+            gate = self.gates[self.gate_of(t)]
             scores = gate(z.to(torch.promote_types(z.dtype, torch.float32)))
             return LOG_AFFINITIES[self.config.activation](scores)
 

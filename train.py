@@ -189,7 +189,7 @@ def fit(
                         at.curve.append(curve_point(at, model))
                         bar.set_postfix(loss=f"{at.loss_sum / (at.step - epoch * per_epoch):.3f}")
                     at.seconds += time.perf_counter() - started
-                    # 4) The state is saved before the dev set, whose end a kill may repeat.
+                    # 4) The state is saved before the dev set is scored: a kill repeats no step.
                     if save and first:
                         run.save(state, model.device)
                         saved = time.perf_counter()

@@ -80,7 +80,7 @@ class Published(MoLEx):
 
     def alpha(self, t: int) -> Tensor | float:
         if self.config.learn_alpha:
-            return self.gates[self.copy(t)].mixing.softmax(0)[0]
+            return self.gates[self.gate_of(t)].mixing.softmax(0)[0]
         return self.config.alpha
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
@@ -96,7 +96,7 @@ class Published(MoLEx):
     def scores(self, t: int, z: Tensor) -> Tensor:
         """The gate's, before softmax or sigmoid: (B, N, D) -> (B, N, T)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.gates[self.copy(t)](z.to(torch.promote_types(z.dtype, torch.float32)))
+            return self.gates[self.gate_of(t)](z.to(torch.promote_types(z.dtype, torch.float32)))
 
     def elect(self, t: int, z: Tensor) -> int:
         """The layer for which all positions of the batch vote; adds what load balance costs."""

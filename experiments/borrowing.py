@@ -146,7 +146,7 @@ def main() -> None:
         gate = {n: w for n, w in tensors.items() if n.startswith(GATE)}
         gates["/".join(folder.parts[-2:])] = config.molex, gate
     model, tokenizer = load_model(args.model, pick_device(args.device))
-    encoder = model.config.family == "roberta"
+    encoder = not model.config.causal
     if encoder and gates:
         raise InputError(f"{args.model} is an encoder, which has no loss to compare runs by")
     if args.task == "e2e":

@@ -44,11 +44,11 @@ seeds, `--model nano/gpt2 --epochs 1 --seeds 0 1 2 3 4 --arms molex published st
 frozen random`. 4 to 8: three seeds of the other arms (the picture is figures/controls-alpha.png).
 9 to 11: the first steps of a real model, `--model smollm2 --data DIR --task sst2 --precision bf16
 --no-learn-alpha --max-steps 200`, three seeds where there is an interval, else one; 9 and 10 on a
-CPU, 11 on an H100. RESULTS.md has all numbers.
+CPU, 11 on an H100 (STS-B: 150 steps). RESULTS.md has the tables.
 
-1. nano: MoLEx has more BLEU than LoRA with every seed, 74.36 for 73.80, +0.56 ± 0.51; in dev loss
-   they are level, +0.002 ± 0.009. With the task teaching the gate, too, it is the same (+0.59 ±
-   0.77). As published, 73.70, it is level with LoRA, -0.11 ± 0.88.
+1. nano: MoLEx has more BLEU than LoRA with every seed, 74.36 for 73.80, +0.56 ± 0.51 (on another
+   machine -0.29 ± 1.30); in dev loss they are level, +0.002 ± 0.009. With the task teaching the
+   gate, too, it is the same (+0.59 ± 0.77). As published, 73.70, it is level: -0.11 ± 0.88.
 2. A layer that no gate has learned to choose is level with LoRA: frozen +0.08 ± 0.98, random
    +0.05 ± 1.47.
 3. Against MoLEx itself frozen lacks 0.48 ± 1.06 BLEU, random 0.51 ± 1.19: these seeds cannot say

@@ -63,7 +63,7 @@ class FixedRoute(MoLEx):
         self.route = route
 
     def mix(self, t: int, z: Tensor, ctx: Context) -> Tensor:
-        self.gates[self.copy(t)](z)  # its FLOP count
+        self.gates[self.gate_of(t)](z)  # its FLOP count
         own, j = self.blocks[t](z, ctx, (t, t)), self.route[t]
         other = self.blocks[j](z, ctx, (t, j)) if j != t else own
         return own + (1 - self.alpha(t)) * (other - own)

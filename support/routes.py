@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from support.processes import sum_over_processes
+
 
 class RouteLog(nn.Module):
     """`counts[t, j]`: how many sequences had layer j chosen in slot t; and for training, since the
@@ -59,7 +61,9 @@ class RouteLog(nn.Module):
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
         """Since the last call: the shares of votes that changed a slot's layers and that took its
-        own one, the mean affinity of the chosen layers, the load-balance loss."""
+        own one, the mean affinity of the chosen layers, the load-balance loss. Of all processes,
+        which call it at the same steps."""
+        sum_over_processes(self.sums[-1:])  # each has its share of the loss
         votes, changed, own, affinity, passes, balance = self.sums.tolist()
         self.sums.zero_()
         votes, passes = max(1, votes), max(1, passes)

@@ -680,6 +680,9 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(p, two["tensors"][name], atol=1e-5, rtol=0, msg=name)
     logs = [state["progress"]["log"][0] for state in (one, two)]
     assert logs[1]["train_loss"] == pytest.approx(logs[0]["train_loss"], abs=1e-5)
+    points = [log["curve"][-1] for log in logs]
+    for name in ("changed", "own", "affinity", "balance"):
+        assert points[1][name] == pytest.approx(points[0][name], abs=1e-5), name
     gate = one["tensors"]["layers.gates.0.weight"]
     start = trained_tensors(prepare(settings("--learn-alpha"), CPU)[0])["layers.gates.0.weight"]
     assert (gate - start).abs().max() > 0.05  # far enough for the test to mean something
