@@ -84,7 +84,7 @@ def glue_scores(task: str, predictions: dict[str, list[float]], dev: Splits) -> 
     scores = {name: metric(answers, sum(labels.values(), []))}
     if len(dev) > 1:
         for split in dev:
-            key = split.replace("dev", name)
+            key = f"{name}_{split.removeprefix('dev_')}"
             scores[key] = metric(predictions[split], labels[split])
     return scores
 

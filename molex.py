@@ -160,8 +160,12 @@ class MoLEx(nn.Module):
             start = math.log(config.alpha / (1 - config.alpha))
             self.alpha_logit = nn.Parameter(torch.full((n_gates,), start))
         self.load_balance: Tensor | None = None
-        self.routes = RouteLog(T, self.slots, config.top_k)
+        self.routes = RouteLog(T, self.slots, config.top_k, config.route)
         self.bank = LayerBank(blocks)  # for on_device
+
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy, which refuses the graph behind the last pass's loss."""
+        return self.__dict__ | {"load_balance": None}
 
     def gate_of(self, t: int) -> int:
         """Which of the gates and alphas slot t uses."""
@@ -186,8 +190,7 @@ class MoLEx(nn.Module):
         share(*ctx.tensors(), *self.bank.tensors())  # the second stream reads them, too
         for t, block in enumerate(self.blocks):
             z = self.mix(t, z, ctx) if t in self.slots else block(z, ctx, (t, t))
-        noted = self.load_balance if self.config.route == "batch" else None
-        self.routes.end_pass(len(z), noted)
+        self.routes.end_pass(len(z), self.load_balance)
         self.bank.clear()
         return z
 
@@ -237,11 +240,8 @@ class MoLEx(nn.Module):
         return chosen
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
-        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T).
-
-        In float32 even under autocast, and as a logarithm, so that a token to which the chosen
-        layer is next to impossible still has finite weights.
-        """
+        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T). In float32 even
+        under autocast; a logarithm, so that next to impossible layers still have finite weights."""
         with torch.autocast(z.device.type, enabled=False):
             gate = self.gates[self.gate_of(t)]
             scores = gate(z.to(torch.promote_types(z.dtype, torch.float32)))

@@ -123,6 +123,8 @@ def check(config: Config, molex: MoLExConfig) -> None:
     ours = ("on_device", "route", "top_k", "gate_weight", "borrow_size")
     if given := [name for name in ours if getattr(molex, name) != getattr(MoLExConfig, name)]:
         raise InputError(f"as published there is no --{given[0].replace('_', '-')}")
+    if molex.vote not in ("mode", "mean"):
+        raise InputError(f"as published there is no --vote {molex.vote}")
 
 
 def publish(model: Transformer, config: MoLExConfig) -> Transformer:

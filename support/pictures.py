@@ -56,8 +56,9 @@ def plot_curves(runs: list[tuple[str, list[dict]]], metric: str, path: Path) -> 
     figure = Figure(figsize=(16 if gated else 8, 3.2), layout="constrained")
     axes = figure.subplots(1, 4 if gated else 2)
     points = [point for _, log in runs for entry in log for point in entry["curve"]]
-    fixed = len({point["alpha"] for point in points if "alpha" in point}) < 2
-    lines = {name: line for name, line in GATE_LINES.items() if not (fixed and name == "alpha")}
+    lines = {name: line for name, line in GATE_LINES.items() if any(name in p for p in points)}
+    if len({point["alpha"] for point in points if "alpha" in point}) < 2:
+        lines.pop("alpha", None)  # it is fixed
     colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for label, log in runs:
         style = dict(color=colours[label], linewidth=1)
@@ -69,7 +70,8 @@ def plot_curves(runs: list[tuple[str, list[dict]]], metric: str, path: Path) -> 
         if points:
             steps = [p["step"] for p in points]
             for name, line in lines.items():
-                axes[2].plot(steps, [p[name] for p in points], line, **style)
+                seen = [p for p in points if name in p]
+                axes[2].plot([p["step"] for p in seen], [p[name] for p in seen], line, **style)
             axes[3].plot(steps, [p["balance"] for p in points], "-", **style)
     for label, colour in colours.items():
         axes[0].plot([], [], color=colour, label=label)

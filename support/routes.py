@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from support.processes import sum_over_processes
+from support.processes import sum_over_processes, world
 
 
 class RouteLog(nn.Module):
     """`counts[t, j]`: how many sequences had layer j chosen in slot t; and for training, since the
     last `summary`, how the choices changed."""
 
-    def __init__(self, T: int, slots: list[int], K: int) -> None:
+    def __init__(self, T: int, slots: list[int], K: int, route: str) -> None:
         super().__init__()
-        self.K, self.open = K, []  # (picks, mean affinity) of each slot of the pass under way
+        self.K, self.route = K, route
+        self.open = []  # (picks, mean affinity) of each slot of the pass under way
         starts = dict(numbers=torch.arange(T), slots=torch.tensor(slots))
         starts["counts"] = torch.zeros(T, T, dtype=torch.long)
         starts["last"] = torch.full((len(slots), K), -1)
@@ -37,12 +38,12 @@ class RouteLog(nn.Module):
         self.open = []
         each = (picks[..., None] == self.numbers).sum((1, 2))
         self.counts.index_add_(0, self.slots, each * (B // picks.shape[1]))
-        if load_balance is None or (picks.shape[1] > 1):
+        if load_balance is None:
             return
-        pick = picks[:, 0]
         mean = affinity.gather(-1, picks).mean((1, 2))
+        own = (picks == self.slots[:, None, None]).any(2).to(mean.dtype).mean(1)
+        pick = picks[:, 0]  # the batch's
         changed = ((pick != self.last) & (self.last >= 0)).any(1)
-        own = (pick == self.slots[:, None]).any(1)
         found = torch.stack([torch.ones_like(mean), changed, own, mean]).sum(1)
         passes = found[0] / len(pick)
         self.sums += torch.cat([found, torch.stack([passes, load_balance])])
@@ -60,12 +61,13 @@ class RouteLog(nn.Module):
 
     @torch.no_grad()
     def summary(self) -> dict[str, float]:
-        """Since the last call: the shares of votes that changed a slot's layers and that took its
-        own one, the mean affinity of the chosen layers, the load-balance loss. Of all processes,
-        which call it at the same steps."""
-        sum_over_processes(self.sums[-1:])  # each has its share of the loss
+        """Since the last call: the shares of votes that changed a slot's layers (not where each
+        sequence decides) and that took its own one, the mean affinity of the chosen layers, the
+        load-balance loss. Of all processes, which call it at the same steps."""
+        sum_over_processes(self.sums)
         votes, changed, own, affinity, passes, balance = self.sums.tolist()
         self.sums.zero_()
         votes, passes = max(1, votes), max(1, passes)
-        shares = dict(changed=changed / votes, own=own / votes, affinity=affinity / votes)
-        return dict(shares, balance=balance / passes)
+        shares = dict(changed=changed / votes) if self.route == "batch" else {}
+        shares.update(own=own / votes, affinity=affinity / votes)
+        return dict(shares, balance=balance * world()[1] / passes)  # each has a share of the loss

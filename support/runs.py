@@ -110,6 +110,11 @@ class RunFolder:
     def start(self, s: Settings, data: Iterable[Path], state: dict, model: Any) -> None:
         """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
         `model`: a Transformer. Raises InputError if what is there is of another run."""
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        for name in model.state_dict().keys() - trained:
+            if name.startswith(GATE):
+                what = f"{name} is not trained, so a run does not keep it"
+                raise InputError(f"{what}; make it a constant, a buffer with persistent=False")
         self.origin = now = origin(s, data, type(model.layers).__name__)
         last, config = self.path / "last.pt", self.path / "config.json"
         if not last.exists():
@@ -165,7 +170,9 @@ class RunFolder:
             for point in entry["curve"]:
                 files.check(point, {"step": COUNT, "loss_sum": NUMBER}, where)
                 if "alpha" in point:
-                    files.check(point, dict.fromkeys((*GATE_LINES, "balance"), NUMBER), where)
+                    names = (*GATE_LINES, "balance")
+                    names = [n for n in names if n != "changed" or n in point]  # RouteLog.summary
+                    files.check(point, dict.fromkeys(names, NUMBER), where)
         return log
 
     def best_of(self, log: list[dict]) -> dict:
@@ -306,7 +313,10 @@ def other_settings(then: dict, s: Settings, where: object) -> list[str]:
     follows from the others."""
     nested = {"molex": type(s.molex)} if s.molex else {}
     old = from_json(Settings, then, where, **nested)
-    return [name for name in differences(old.as_json(), s.as_json()) if name != "differs"]
+    one, other = old.as_json(), s.as_json()
+    if one["molex"] and other["molex"]:  # then by their own names
+        one, other = ({**x, **x["molex"], "molex": None} for x in (one, other))
+    return [name for name in differences(one, other) if name != "differs"]
 
 
 @cache

@@ -188,7 +188,8 @@ def paper_settings(shape: str, task: str) -> tuple[dict, str]:
             found[name] = row[PAPER["tasks"].index(task)]
     found |= presets["glue"]
     if task not in PAPER["tasks"]:
-        return found | presets["new_task"] | nano, "presets.new_task in support/paper.toml"
+        found |= presets["new_task"] | presets.get(task, {})
+        return found | nano, "presets.new_task in support/paper.toml"
     own = nano or shape in columns
     return found | nano, "" if own else "Table 5, for RoBERTa-base"
 

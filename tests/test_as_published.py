@@ -16,7 +16,7 @@ from data import Example, collate
 from experiments import as_published, padding_votes
 from experiments.as_published import as_script, padded_collate, publish
 from experiments.padding_votes import whose_route
-from model import Cache, Transformer
+from model import Cache, Config, Transformer
 from molex import MoLExConfig
 from support.files import InputError
 from support.settings import paper_settings
@@ -287,6 +287,12 @@ def test_it_starts_from_no_other_run():
     s = replace(train.parse("--model nano/roberta --task cola".split())[1][-1], init="runs/x")
     with pytest.raises(InputError, match="no --init-from"):
         as_script(s)
+
+
+def test_a_vote_that_a_fork_has_added_is_refused():
+    config = Config.load("nano/gpt2")
+    with pytest.raises(InputError, match="as published there is no --vote median"):
+        as_published.check(config, MoLExConfig(vote="median"))
 
 
 def test_a_llama_is_refused():

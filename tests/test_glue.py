@@ -36,6 +36,7 @@ from data import (
     GLUE,
     TASKS,
     Example,
+    GlueTask,
     Tokenizer,
     collate,
     encode_glue,
@@ -592,6 +593,14 @@ def test_mnlis_overall_accuracy_is_over_both_sets_together():
     assert evaluation.glue_scores("mnli", found, dev) == dict(
         accuracy=0.5, accuracy_matched=0.25, accuracy_mismatched=1.0
     )
+
+
+def test_a_task_of_ones_own_with_two_dev_sets(monkeypatch):
+    names = dict(dev=("dev", "dev_hard"))
+    monkeypatch.setitem(GLUE, "own", GlueTask("Own", ("a",), "label", ("0", "1"), **names))
+    dev = {split: [Example([1], label=1)] * 4 for split in names["dev"]}
+    scores = evaluation.glue_scores("own", {"dev": [1] * 4, "dev_hard": [0] * 4}, dev)
+    assert scores == dict(accuracy=0.5, accuracy_dev=1.0, accuracy_hard=0.0)
 
 
 # --------------------------------------------------------------------------------- runs, end to end

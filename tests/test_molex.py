@@ -8,6 +8,7 @@ several processes, CUDA's two streams.
     pytest tests/test_molex.py
 """
 
+import copy
 import itertools
 import math
 import random
@@ -735,6 +736,25 @@ def test_the_summary_tells_what_the_gate_did_in_training():
     gate_to(model.train(), first)
     run(model, SEQUENCES)
     assert model.layers.routes.summary()["changed"] == 1 / 4  # the last batch is remembered
+
+
+def test_the_summary_where_each_sequence_decides():
+    model = molex_model("gpt2", individual_gates=True, route="sequence", alpha=0.5).train()
+    _, balance, routes = run(model, SEQUENCES)
+    picks = [(t, j) for t, chosen in routes.items() for (j,) in chosen]
+    found = model.layers.routes.summary()
+    assert found["own"] == pytest.approx(sum(t == j for t, j in picks) / len(picks))
+    assert found["balance"] == pytest.approx(balance.item()) and found["affinity"] > 0
+    assert "changed" not in found  # there is no choice of the batch before
+
+
+def test_a_model_can_be_copied_after_a_training_pass():
+    model = molex_model("gpt2").train()
+    before = run(model, SEQUENCES)[0]
+    twin = copy.deepcopy(model)
+    assert model.layers.load_balance is not None and twin.layers.load_balance is None
+    for x, y in zip(before, run(twin, SEQUENCES)[0], strict=True):
+        assert torch.equal(x, y)
 
 
 # ----------------------------------------------------------------------------------------- numerics

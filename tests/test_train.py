@@ -619,6 +619,21 @@ def test_the_interval_of_a_mean_is_students(n):
     assert interval(values) == pytest.approx((high - low) / 2, rel=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["buffer", "frozen"])
+def test_a_gate_that_a_run_would_not_keep_is_refused(kind, tmp_path):
+    s = settings()
+    model, tokenizer = prepare(s, CPU)
+    if kind == "buffer":
+        model.layers.gates[0].register_buffer("R", torch.ones(3))
+    else:
+        model.layers.gates[0].bias.requires_grad_(False)
+    examples = some_examples(tokenizer)
+    name = "R" if kind == "buffer" else "bias"
+    with pytest.raises(InputError, match=rf"layers\.gates\.0\.{name} is not trained"):
+        train.fit(s, tmp_path, model, examples, {"dev": examples})
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_without_load_balance_the_gate_stays_as_drawn(tmp_path, processes):
     """Neither a missing gradient nor weight decay moves it, and that is said once."""
