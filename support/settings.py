@@ -36,8 +36,8 @@ def setting(
     default: object, help: str, *choices: str, least: float | None = None, below: float = 1e30
 ) -> Any:
     """A dataclass field with its help and what it may be: one of `choices`, or a number from
-    `least` (if not said 0, or 1 for a whole number whose default is not 0) to less than `below`. The
-    default tells which: 1 is whole, 1.0 not."""
+    `least` (if not said 0, or 1 for a whole number whose default is not 0) to less than `below`.
+    The default tells which: 1 is whole, 1.0 is not."""
     whole = not isinstance(default, float)
     least = int(whole and default != 0) if least is None else least
     below = min(below, 2**24) if whole else below  # at some larger whole numbers torch overflows
