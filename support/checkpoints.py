@@ -49,8 +49,10 @@ def our_config(c: dict, where: object = "config.json") -> dict:
     pad = (int, 0, size - 1) if "pad" in FAMILIES[family]["missing"] else (int, -1, 2**24)
     names, config = NAMES | FAMILIES[family]["names"], dict(family=family)
     missing = dict(pad=None) | FAMILIES[family]["missing"]
-    own = dict.fromkeys(FAMILIES[family]["names"], (object,))  # a fork's may be of any kind
-    for name, form in (own | FORMS | dict(pad=pad)).items():
+    forms = FORMS | dict(pad=pad)
+    for name in FAMILIES[family]["names"]:
+        forms.setdefault(name, (object,))  # a fork's, of any kind
+    for name, form in forms.items():
         theirs = names.get(name, name)
         absent = name in missing and c.get(theirs) is None
         config[name] = missing[name] if absent else check(c, {theirs: form}, where)[theirs]
