@@ -110,8 +110,9 @@ class Published(MoLEx):
 
     def winner(self, scores: Tensor) -> int:
         """Of scores (positions, T) the layer with most votes, or the best mean; then the first."""
-        votes = F.one_hot(scores.argmax(-1), scores.shape[-1]).sum(0)
-        if self.config.vote == "mean":
+        if self.config.vote == "mode":
+            votes = F.one_hot(scores.argmax(-1), scores.shape[-1]).sum(0)
+        else:
             votes = LOG_AFFINITIES[self.config.activation](scores).exp().mean(0)
         return votes.argsort(descending=True, stable=True)[0].item()
 

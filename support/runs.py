@@ -109,7 +109,8 @@ class RunFolder:
 
     def start(self, s: Settings, data: Iterable[Path], state: dict, model: Any) -> None:
         """Put back what `save` has saved or, if there is nothing, write what a new run begins with.
-        `model`: a Transformer. Raises InputError if what is there is of another run."""
+        `model`: a Transformer. Raises InputError if what is there is of another run, or if the gate
+        has parts that a run, which keeps what is trained, would not."""
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         for name in model.state_dict().keys() - trained:
             if name.startswith(GATE):
@@ -170,9 +171,8 @@ class RunFolder:
             for point in entry["curve"]:
                 files.check(point, {"step": COUNT, "loss_sum": NUMBER}, where)
                 if "alpha" in point:
-                    names = (*GATE_LINES, "balance")
-                    names = [n for n in names if n != "changed" or n in point]  # RouteLog.summary
-                    files.check(point, dict.fromkeys(names, NUMBER), where)
+                    names = [n for n in GATE_LINES if n != "changed" or n in point]  # see RouteLog
+                    files.check(point, dict.fromkeys([*names, "balance"], NUMBER), where)
         return log
 
     def best_of(self, log: list[dict]) -> dict:
