@@ -236,8 +236,7 @@ def dev_loss(model: Transformer, examples: list[Example], batch_size: int) -> fl
     """Mean loss of an answer's token in nats, unsmoothed: the log of the perplexity (Table 12)."""
     total = torch.zeros((), device=model.device)
     for indices in by_length(examples, batch_size, "  dev"):
-        batch = collate([examples[i] for i in indices])
-        total += model.loss(batch)
+        total += model.loss(collate([examples[i] for i in indices]))
     return total.item() / sum(e.targets for e in examples)
 
 
@@ -373,11 +372,10 @@ def beam_search(
     answers: list[list[int]] = [[] for _ in prompts]
     while waiting:
         # 2) The next token of every beam.
-        log_p = model.logits(h).float()
+        log_p = model.logits(h).float().log_softmax(-1)
+        log_p = ban_repeats(log_p, state.ids.flatten(0, 1), no_repeat_ngram)
         if beam_rule == "lora":  # the others share the probability of banned tokens
-            log_p = ban_repeats(log_p, state.ids.flatten(0, 1), no_repeat_ngram).log_softmax(-1)
-        else:
-            log_p = ban_repeats(log_p.log_softmax(-1), state.ids.flatten(0, 1), no_repeat_ngram)
+            log_p = log_p.log_softmax(-1)
         beam, going = state.step(log_p, ends)
         # 3) A prompt that is done has its answer; the others go on.
         going = going.tolist()  # the only values that the CPU reads in a step
@@ -401,6 +399,8 @@ def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: list, batch_size: int = 16, **search: float
 ) -> list[str]:
     """The model's answer to each prompt, a text as in E2E or token ids; see `beam_search`."""
+    if isinstance(prompts, str):
+        raise InputError("the prompts are a list, each a text or token ids; one text is [text]")
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     answers = [""] * len(ids)
     with model.autocast():

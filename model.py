@@ -201,7 +201,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, ctx.mask, dropout, causal, enable_gqa=not x.is_cuda
             )
-        return self.o(y.transpose(1, 2).reshape(B, N, -1))
+        return self.o(y.transpose(1, 2).reshape(B, N, -1).type_as(x))
 
 
 class MLP(nn.Module):

@@ -240,11 +240,11 @@ class MoLEx(nn.Module):
         return chosen
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
-        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T). In float32 even
-        under autocast; a logarithm, so that next to impossible layers still have finite weights."""
+        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T). In the gate's own
+        precision even under autocast; a logarithm: unlikely layers, too, have finite weights."""
         with torch.autocast(z.device.type, enabled=False):
             gate = self.gates[self.gate_of(t)]
-            scores = gate(z.to(torch.promote_types(z.dtype, torch.float32)))
+            scores = gate(z.type_as(next(gate.parameters(), z)))
             return LOG_AFFINITIES[self.config.activation](scores)
 
     def choose(self, t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
@@ -293,7 +293,7 @@ def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transforme
     returns it. Only the gate and a learned alpha are new; they are trainable."""
     config = config or MoLExConfig()
     molex = MoLEx(model.layers.blocks, model.config.d_model, config)
-    model.layers = molex.to(model.device)
+    model.layers = molex.to(model.embed.weight)  # its device and precision
     return model.train(model.training)
 
 

@@ -28,6 +28,7 @@ from transformers import (
 from data import Tokenizer, e2e_prompt, encode_prompt
 from eval import ban_repeats, beam_search, generate
 from model import Config, Transformer, load
+from support.files import InputError
 from support.settings import Settings
 from support.tokenizers import BytePairs, byte_symbols
 
@@ -331,6 +332,8 @@ def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens
     for batch_size in (1, 2, 16):
         found = generate(model, tokenizer, texts, batch_size, **search)
         assert found == [text.strip() for text in expected]
+    with pytest.raises(InputError, match="a list, .* one text is"):  # its letters are no prompts
+        generate(model, tokenizer, texts[0])
 
 
 def test_the_defaults_are_table_6s():

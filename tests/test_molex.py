@@ -822,6 +822,31 @@ def test_bf16_stays_near_float32_in_every_family(family, device):
         assert worth[0] > worth[1] - 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("upcycled", ["first", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_can_be_cast_before_and_after(family, upcycled, dtype):
+    """With .half() and the like, as a whole: a step, and for a decoder an answer."""
+    options = dict(learn_alpha=True, individual_gates=True, top_k=2, gate_weight="prob")
+    exact = molex_model(family, **options).train()
+    gate_to(exact, torch.eye(4).roll(2, 0).mul(9).tolist())  # so that rounding turns no vote
+    model = copy.deepcopy(exact).to(dtype)
+    if upcycled == "last":
+        model = lora_model(family).to(dtype).train()
+        upcycle(model, exact.layers.config).load_state_dict(exact.state_dict())
+    logits, _, routes = run(model, SEQUENCES)
+    expected, _, same = run(exact, SEQUENCES)
+    assert routes == same
+    tolerance = 1e-5 if dtype == torch.float64 else 0.05
+    for x, y in zip(logits, expected, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.float(), y, rtol=0, atol=tolerance * y.abs().max().item())
+    loss_of(logits, model.layers.load_balance).backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in trained(model).values())
+    if family != "roberta":
+        assert len(beam_search(model.eval(), [SEQUENCES[0][0]], 0, 4, max_new_tokens=8)[0]) > 0
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gate_weight", ["renormalised", "straight-through", "prob"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
