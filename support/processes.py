@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,4 +67,7 @@ def torchrun(device: torch.device) -> Iterator[torch.device]:
         if is_first() or not re.search("by peer|remote process exited", str(error)):
             raise
         raise SystemExit(1) from None  # the first has ended, and has said why
+    # gloo's threads need Python's lock to let go of the last sum's tensor, and up to torch 2.7 the
+    # next line waits for them with the lock in hand
+    time.sleep(0.1)
     dist.destroy_process_group()

@@ -703,6 +703,31 @@ def test_two_processes_equal_one(tmp_path):
     assert (gate - start).abs().max() > 0.05  # far enough for the test to mean something
 
 
+def test_processes_that_end_right_after_a_sum_do_not_hang():
+    """Twenty groups one after the other. Up to torch 2.7 one of the first few hung, unless gloo's
+    thread had been given the time to let go of what was added up."""
+    script = (
+        "import os, torch\n"
+        "from support.processes import sum_over_processes, torchrun\n"
+        "for port in range(29700, 29720):\n"
+        "    os.environ['MASTER_PORT'] = str(port)\n"
+        "    with torchrun(torch.device('cpu')):\n"
+        "        x = torch.ones(6)\n"
+        "        sum_over_processes(x)\n"
+        "    assert x.sum() == 12\n"
+    )
+    processes = []
+    for rank in "01":
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
+        command = [sys.executable, "-c", script]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | names))
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 # ------------------------------------------------------------------------- runs that can be trusted
 
 
