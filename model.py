@@ -116,7 +116,7 @@ class Context:
     real: Tensor  # (B, N) bool, False for padding
     prompt: Tensor  # (B, N) bool, real tokens that are given rather than generated
     mask: Tensor | None  # (B, 1, N, S) bool, which token sees which; None: no padding
-    causal: bool  # with mask None: tokens see only earlier ones
+    causal: bool  # tokens see only earlier ones, and there is no mask that says so
     rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d)
     cache: Cache | None = None
 
@@ -183,6 +183,7 @@ class Attention(nn.Module):
         q = self.q(x).view(B, N, self.n_head, self.d_head).transpose(1, 2)  # (B, heads, N, d)
         k = self.k(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
         v = self.v(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
+        dtype = q.dtype
         if not x.is_cuda:  # in bfloat16 the CPU's attention is slow backwards
             q, k, v = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (q, k, v))
         if ctx.rope is not None:
@@ -196,12 +197,11 @@ class Attention(nn.Module):
             k = k.repeat_interleave(groups, dim=1)
             v = v.repeat_interleave(groups, dim=1)
         dropout = self.dropout if self.training else 0.0
-        causal = ctx.causal and ctx.mask is None
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                q, k, v, ctx.mask, dropout, causal, enable_gqa=not x.is_cuda
+                q, k, v, ctx.mask, dropout, ctx.causal, enable_gqa=not x.is_cuda
             )
-        return self.o(y.transpose(1, 2).reshape(B, N, -1).type_as(x))
+        return self.o(y.transpose(1, 2).reshape(B, N, -1).to(dtype))
 
 
 class MLP(nn.Module):
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
             looks, position = sees[:, None], sees.sum(-1)
         else:
             padded = mask is not None or cache is not None
-            alone = N == 1 and seen.shape[1] == 1  # a single token sees itself anyway
+            alone = seen.shape[1] == 1  # a single token sees itself anyway
             looks = attention_mask(seen, N, c.causal) if padded and not alone else None
             position = seen.cumsum(1)[:, -N:]
         position = (position - 1).clamp(min=0) + c.first_position
@@ -371,7 +371,7 @@ class Transformer(nn.Module):
             position = position.masked_fill(~real, c.first_position - 1)
         prompt = real if prompt is None else prompt.bool() & real
         rope = rope_angles(c, position) if c.rotary else None
-        ctx = Context(real, prompt, looks, c.causal and N > 1, rope, cache)
+        ctx = Context(real, prompt, looks, c.causal and looks is None, rope, cache)
 
         # 3) Embeddings, layers, norm.
         z = self.embed(ids)

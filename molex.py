@@ -210,7 +210,7 @@ class MoLEx(nn.Module):
                 balance = self.balance(log_a, favourite, ctx.real)
                 self.load_balance = self.load_balance + balance / len(self.slots)
             picks = self.choose(t, log_a, favourite, ctx)  # the vote
-            w = self.weights(log_a, picks)
+            w = self.weights(log_a, picks).type_as(z)
             chosen = self.run_chosen(t, z, ctx, picks, w)  # the layers that it has chosen
         join(side, [*chosen, *self.routes.open[-1:]])  # and what `choose` has noted
         u = own - z
@@ -240,11 +240,12 @@ class MoLEx(nn.Module):
         return chosen
 
     def log_affinity(self, t: int, z: Tensor) -> Tensor:
-        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T). In the gate's own
-        precision even under autocast; a logarithm: unlikely layers, too, have finite weights."""
+        """log a_nj, how much token n would have layer j: (B, N, D) -> (B, N, T). In float32 even
+        under autocast; a logarithm, so that next to impossible layers still have finite weights."""
         with torch.autocast(z.device.type, enabled=False):
             gate = self.gates[self.gate_of(t)]
             scores = gate(z.type_as(next(gate.parameters(), z)))
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             return LOG_AFFINITIES[self.config.activation](scores)
 
     def choose(self, t: int, log_a: Tensor, favourite: Tensor, ctx: Context) -> Tensor:
@@ -258,8 +259,7 @@ class MoLEx(nn.Module):
         voter = ctx.prompt[..., None]
         # in float64, so that the order of summation (padding, processes) does not turn a vote
         votes = (favourite * voter).sum(1, dtype=torch.float64)  # (B, T)
-        a = log_a.detach().exp()
-        affinity = (a * voter).sum(1, dtype=torch.float64)
+        affinity = (log_a.detach().exp() * voter).sum(1, dtype=torch.float64)
         if self.config.route == "batch":
             votes = votes.sum(0, keepdim=True)
             affinity = affinity.sum(0, keepdim=True)
@@ -291,9 +291,8 @@ class MoLEx(nn.Module):
 def upcycle(model: Transformer, config: MoLExConfig | None = None) -> Transformer:
     """Put MoLEx in the place of the model's layers (sparse upcycling). Changes the model and
     returns it. Only the gate and a learned alpha are new; they are trainable."""
-    config = config or MoLExConfig()
-    molex = MoLEx(model.layers.blocks, model.config.d_model, config)
-    model.layers = molex.to(model.embed.weight)  # its device and precision
+    molex = MoLEx(model.layers.blocks, model.config.d_model, config or MoLExConfig())
+    model.layers = molex.to(model.device)
     return model.train(model.training)
 
 

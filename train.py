@@ -149,7 +149,7 @@ def fit(
     lengths = [len(e) for e in examples]
     counts = dict(train=len(examples), dev=sum(len(split) for split in dev.values()))
     per_epoch = math.ceil(len(examples) / s.batch_size)
-    steps = min(s.epochs * per_epoch, s.max_steps or s.epochs * per_epoch)
+    steps = min(s.epochs * per_epoch, s.max_steps or math.inf)
     optimizer, schedule = make_optimizer(model, s, steps)
     at = Progress()
     tensors = {name: p.detach() for name, p in trained_tensors(model).items()}
