@@ -183,7 +183,7 @@ class Attention(nn.Module):
         q = self.q(x).view(B, N, self.n_head, self.d_head).transpose(1, 2)  # (B, heads, N, d)
         k = self.k(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
         v = self.v(x).view(B, N, self.n_kv_head, self.d_head).transpose(1, 2)
-        dtype = q.dtype
+        dtype = q.dtype  # in which the output projection is given y
         if not x.is_cuda:  # in bfloat16 the CPU's attention is slow backwards
             q, k, v = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (q, k, v))
         if ctx.rope is not None:

@@ -67,7 +67,7 @@ def torchrun(device: torch.device) -> Iterator[torch.device]:
         if is_first() or not re.search("by peer|remote process exited", str(error)):
             raise
         raise SystemExit(1) from None  # the first has ended, and has said why
-    # gloo's threads need Python's lock to let go of the last sum's tensor; up to torch 2.7 the end
-    # of the group waits for them with the lock in hand, so they are given the time to do so before
+    # gloo's threads need Python's lock to let go of the last sum's tensor; in torch 2.6 the end of
+    # the group waits for them with the lock in hand, so they are given the time to do so before
     time.sleep(0.1)
     dist.destroy_process_group()

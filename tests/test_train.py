@@ -704,7 +704,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_processes_that_end_right_after_a_sum_do_not_hang():
-    """Twenty groups one after the other. Up to torch 2.7 one of the first few hung, unless gloo's
+    """Twenty groups one after the other. In torch 2.6 one of the first few hung, unless gloo's
     thread had been given the time to let go of what was added up."""
     script = (
         "import os, torch\n"
