@@ -277,7 +277,7 @@ def encode_texts(tokenizer: Tokenizer, texts: tuple[str, ...], limit: int) -> li
     room = limit - len(start) - len(end) - len(gap) * (len(parts) - 1)
     if room < len(parts):
         raise InputError(f"{len(parts)} texts do not fit into {limit} tokens; raise --max-length")
-    while sum(len(part) for part in parts) > room:  # the longer text is cut
+    while sum(map(len, parts)) > room:  # the longer text is cut
         longest = max(reversed(parts), key=len)  # of two like ones the second
         longest.pop()
     ids = start + parts[0]  # then a gap before each further text

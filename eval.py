@@ -358,7 +358,7 @@ def beam_search(
     if beam_rule not in ("transformers", "lora"):
         raise InputError(f"beam_rule is {beam_rule!r}, not transformers or lora")
     # 1) The prompts, padded on the left, fill the cache.
-    device, longest = model.device, max(len(p) for p in prompts)
+    device, longest = model.device, max(map(len, prompts))
     ends = torch.tensor(eos, device=device)
     padded = torch.tensor([[-1] * (longest - len(p)) + p for p in prompts], device=device)
     real = padded >= 0
@@ -399,9 +399,9 @@ def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: list, batch_size: int = 16, **search: float
 ) -> list[str]:
     """The model's answer to each prompt, a text as in E2E or token ids; see `beam_search`."""
-    if isinstance(prompts, str):
-        raise InputError("the prompts are a list, each a text or token ids; one text is [text]")
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
+    if isinstance(prompts, str) or not all(ids):
+        raise InputError("prompts are a list (one text is [text]), and none of them is empty")
     answers = [""] * len(ids)
     with model.autocast():
         for indices in by_length(ids, batch_size, "beam search"):

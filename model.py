@@ -114,7 +114,7 @@ class Context:
     """What every layer of one forward pass is given beside the hidden state."""
 
     real: Tensor  # (B, N) bool, False for padding
-    prompt: Tensor  # (B, N) bool, real tokens that are given rather than generated
+    prompt: Tensor  # (B, N) bool, real tokens given, not generated: MoLEx lets them vote
     mask: Tensor | None  # (B, 1, N, S) bool, which token sees which; None: no padding
     causal: bool  # tokens see only earlier ones, and there is no mask that says so
     rope: tuple[Tensor, Tensor] | None  # cos and sin, each (B, 1, N, d)

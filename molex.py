@@ -76,8 +76,8 @@ def by_mode(votes: Tensor, affinity: Tensor) -> Tensor:
 
 
 def renormalised(log_a: Tensor) -> Tensor:
-    """a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K): Eq. 4, but for sigmoid, where it
-    is a reading. With K = 1 that is 1: load balance alone teaches the gate, not the task."""
+    """a_nj over the sum of the chosen a_n (the softmax of their logarithms): Eq. 4, for sigmoid a
+    reading. (B, N, K) -> (B, N, K). With K = 1 it is 1: load balance alone teaches the gate."""
     return log_a.softmax(-1) if log_a.shape[-1] > 1 else torch.ones_like(log_a)
 
 
@@ -202,7 +202,7 @@ class MoLEx(nn.Module):
         they run one after the other.
         """
         side = fork(z)
-        own = self.blocks[t](z, ctx, (t, t))  # the slot's own layer
+        own = self.blocks[t](z, ctx, (t, t))  # the slot's own layer; (t, t): its key in the cache
         with torch.cuda.stream(side):  # None, on the CPU, changes nothing
             log_a = self.log_affinity(t, z)  # the gate
             favourite = log_a.argmax(-1, keepdim=True) == self.routes.numbers  # (B, N, T)
@@ -216,7 +216,7 @@ class MoLEx(nn.Module):
         u = own - z
         size = SIZES[self.config.borrow_size]
         updates = []
-        for w_j, output in chosen:
+        for w_j, output in chosen:  # no output: layer t itself, whose update is u
             updates.append(w_j * (u if output is None else size(output - z, u)))
         v = sum(updates[1:], start=updates[0])
         # z + alpha u + (1 - alpha) v, written so that it is exact for alpha = 1 and for v = u
@@ -284,7 +284,7 @@ class MoLEx(nn.Module):
         f = (favourite * real).sum((0, 1)).to(log_a.dtype)
         sum_over_processes(f)
         tokens = f.sum()
-        P = (log_a.softmax(-1) * real).sum((0, 1)) / tokens
+        P = (log_a.softmax(-1) * real).sum((0, 1)) / tokens  # under torchrun a part of it
         return len(f) * (f / tokens * P).sum()
 
 

@@ -40,7 +40,7 @@ SMALL = [f"--model nano/roberta --epochs 1 --task {task}" for task in ("cola", "
 
 
 def read_routes(folder: Path) -> tuple[str, Tensor]:
-    """The task of a finished run, and its `MoLEx.shares`. Raises InputError if it has none."""
+    """The task of a finished run, and its `RouteLog.shares`. Raises InputError if it has none."""
     if not (folder / "routes.json").exists():
         raise InputError(f"{folder} holds no routes.json: it is not a finished run with MoLEx")
     path = folder / "routes.json"

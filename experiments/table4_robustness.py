@@ -47,7 +47,7 @@ from support.tables import spread
 
 PAPER = settings.PAPER["table4"]
 SMALL = "--model nano/roberta --task cola --compare --epochs 2"
-BATCHES = ("model", "data", "max_length", "eval_batch")  # what the evaluation's batches depend on
+BATCHES = ("model", "data", "max_length", "eval_batch", "dev_limit")  # on what batches depend
 
 Scores = dict[float, list[float]]  # size -> accuracies
 
@@ -74,8 +74,10 @@ def robustness(folder: Path, sizes: list[float], seeds: int, device: torch.devic
     model, tokenizer, config = load_run(folder, device)
     model.cast_frozen()
     task, limit = config.task, min(config.max_length, model.config.max_positions)
-    rows = [read_glue(config.data, task, split) for split in GLUE[task].dev]
-    dev = [encode_glue(tokenizer, split, limit) for split in rows]
+    dev = []
+    for split in GLUE[task].dev:
+        rows = read_glue(config.data, task, split)[: config.dev_limit]
+        dev.append(encode_glue(tokenizer, rows, limit))
     found = defaultdict(list)
     for size, seed in progress_bar(
         [(a, b) for a in sizes for b in range(seeds)], folder.name, leave=False

@@ -116,7 +116,7 @@ class Block(nn.Module):
         super().__init__()
         self.u = u
 
-    def forward(self, z: Tensor, ctx: Context, slot: int) -> Tensor:
+    def forward(self, z: Tensor, ctx: Context, key: tuple) -> Tensor:
         return z + self.u(z)
 
 
@@ -227,7 +227,7 @@ def holds(row: str, value: float) -> bool:
 def main() -> None:
     parser = Parser(description="Check section 2.3 and appendix A on random linear models")
     parser.add_argument("--instances", type=at_least(1), default=200, help="how many (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     results = check(args.instances)

@@ -332,8 +332,10 @@ def test_generate_answers_in_the_order_of_the_prompts_and_without_special_tokens
     for batch_size in (1, 2, 16):
         found = generate(model, tokenizer, texts, batch_size, **search)
         assert found == [text.strip() for text in expected]
-    with pytest.raises(InputError, match="a list, .* one text is"):  # its letters are no prompts
+    with pytest.raises(InputError, match="one text is"):  # its letters are no prompts
         generate(model, tokenizer, texts[0])
+    with pytest.raises(InputError, match="none of them is empty"):
+        generate(model, tokenizer, [texts[0], []])
 
 
 def test_the_defaults_are_table_6s():

@@ -233,6 +233,7 @@ def test_a_prompt_is_put_into_the_form_of_the_run(run, capsys, failure):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert "malformed MR 'name[Aromi'" in failure(call, evaluation, run, "--prompt", "name[Aromi")
+    assert "none of them is empty" in failure(call, evaluation, "nano/gpt2", "--prompt", "")
 
 
 @pytest.mark.parametrize("text", ["The pub", "Citation [3] says", "name[Aromi", ": [a], b"])

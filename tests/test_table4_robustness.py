@@ -140,9 +140,25 @@ def test_paper_numbers():
             assert re.findall(r"[\d.]*\d", table4.PAPER[task][method]) == numbers
 
 
+def test_a_run_on_a_part_of_its_dev_set_is_evaluated_on_that_part(small, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(runs(small)[0], tmp_path / "part"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dev_limit": 7}))
+    seen = []
+
+    def look(model, examples, batch_size):
+        seen.append(len(examples))
+        return [0] * len(examples)
+
+    monkeypatch.setattr(table4, "classify", look)
+    table4.robustness(folder, [0.0], 1, CPU)
+    assert seen == [7]
+
+
 @pytest.mark.parametrize(
     "changes, flags, message",
     [
+        ({"dev_limit": 7}, [], r".* has another dev_limit than the run on cola .*"),
         ({"eval_batch": 7}, [], r".* has another eval_batch than the run on cola .*"),
         ({"task": "stsb"}, [], r".* is a run on stsb, which has no accuracy"),
         ({"task": "e2e"}, [], r".* is a run on e2e, which has no accuracy"),

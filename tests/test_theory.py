@@ -120,3 +120,4 @@ def test_bad_input(tmp_path, failure):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: argument --instances: 0 is less than 1\n"
     assert "invalid integer value: 'many'" in failure(call, theory, "--instances", "many")
+    assert f"{10**20} is more than" in failure(call, theory, "--seed", 10**20)
