@@ -76,9 +76,9 @@ def by_mode(votes: Tensor, affinity: Tensor) -> Tensor:
 
 
 def renormalised(log_a: Tensor) -> Tensor:
-    """a_nj over the sum of the chosen a_n (the softmax of their logarithms): Eq. 4, for sigmoid a
-    reading. (B, N, K) -> (B, N, K). With K = 1 it is 1: load balance alone teaches the gate."""
-    return log_a.softmax(-1) if log_a.shape[-1] > 1 else torch.ones_like(log_a)
+    """a_nj over the sum of the chosen a_n, (B, N, K) -> (B, N, K): Eq. 4 (a reading of it, if they
+    are sigmoids). With K = 1 that is 1: load balance alone teaches the gate, not the task."""
+    return log_a.softmax(-1) if log_a.shape[-1] > 1 else torch.ones_like(log_a)  # exp(log_a) is a
 
 
 def straight_through(log_a: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class MoLEx(nn.Module):
         f = (favourite * real).sum((0, 1)).to(log_a.dtype)
         sum_over_processes(f)
         tokens = f.sum()
-        P = (log_a.softmax(-1) * real).sum((0, 1)) / tokens  # under torchrun a part of it
+        P = (log_a.softmax(-1) * real).sum((0, 1)) / tokens  # under torchrun this process's part
         return len(f) * (f / tokens * P).sum()
 
 

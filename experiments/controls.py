@@ -66,13 +66,14 @@ CPU, 11 on an H100 (STS-B: 150 steps). RESULTS.md has the tables.
 9. SmolLM2: MoLEx is far behind LoRA (one seed: 60.3 for 83.8), as is a layer drawn anew for every
    batch (-22.44 ± 14.47, at the slot's own size -2.56 ± 1.19); with the task teaching the gate,
    too, it is so with two seeds of three (-19.30 ± 36.33). The neighbour in every slot is level
-   (-2.48 ± 4.74, there +1.03 ± 1.24; on STS-B -0.73 ± 3.31, +2.21 ± 9.79). A frozen gate is level
-   with two seeds and 29 behind with the third, whose layers alone cost the pretrained model 3 nats
-   a token (borrowing.py): which layers join seems to slow learning, rather than that there are two.
+   (-2.48 ± 4.74, at the slot's own size +1.03 ± 1.24; on STS-B -0.73 ± 3.31 and +2.21 ± 9.79). A
+   frozen gate is level with two seeds and 29 behind with the third, whose layers alone cost the
+   pretrained model 3 nats a token (borrowing.py): which layers join seems to slow learning, rather
+   than that there are two.
 10. There MoLEx's run has 68.1 without its second layers, and LoRA's run keeps 79.6 of 83.8 with the
     neighbour, 58.4 with MoLEx's gate: it is training that suffers.
 11. With three seeds MoLEx has 67.35 for 83.94; at the slot's own size 82.34, on STS-B 48.66 where
-    MoLEx has 14.91 and LoRA 60.56: most of what MoLEx costs is gone with the borrowed layer's size.
+    MoLEx has 14.91 and LoRA 60.56: there most of what MoLEx costs is gone.
 """
 
 import random

@@ -7,7 +7,7 @@
     adapter.safetensors   what is trained, of the best epoch
     predictions.tsv, references.txt, samples.txt, loss.png, routes.json, routes.png, scores.json
 
-The first two are there from the start, last.pt after a minute, the next two after an epoch, the
+The first two are there from the start, last.pt once it is saved, the next two after an epoch, the
 rest when the run is evaluated, scores.json last. Every file is replaced whole or not at all, so a
 kill loses a minute and no more. A run goes on only with the settings and the files that it began
 with. An unfinished run can be evaluated, too: that goes to the folder `unfinished` within it.
