@@ -398,7 +398,8 @@ def beam_search(
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: list, batch_size: int = 16, **search: float
 ) -> list[str]:
-    """The model's answer to each prompt, a text as in E2E or token ids; see `beam_search`."""
+    """The answer to each prompt, a text as in E2E or token ids, of a model with a language model's
+    head, which an encoder is not; see `beam_search`."""
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     if isinstance(prompts, str) or not all(ids):
         raise InputError("prompts are a list (one text is [text]), and none of them is empty")
@@ -458,8 +459,8 @@ def evaluate_run(folder: Path, device: torch.device, args: Namespace | None = No
     model, tokenizer, _ = load_run(folder, device)
     run = RunFolder(folder, TASKS[s.task].metric)
     log = run.read_log()
-    scores = run.scores_of(log, again) | dict(trainable=trainable(model))
-    with run.evaluating(s, data_files(s.task, s.data), again) as out:
+    scores = run.scores_of(log, s, again) | dict(trainable=trainable(model))
+    with run.evaluating(s, lambda: data_files(s.task, s.data), again) as out:
         scores.update(evaluate(model, tokenizer, s, out))
         if s.task == "alpaca":
             scores["train_ppl"] = math.exp(scores["train_loss"])

@@ -259,7 +259,7 @@ def prepare(s: Settings, device: torch.device) -> tuple[Transformer, Tokenizer]:
 @torch.no_grad()
 def start_from(model: Transformer, path: Path) -> str:
     """Take over what a finished run has trained, except its head (Table 9), or the LoRA of a .bin
-    file; says what it took. The gate and its alpha are taken if they have the same shapes."""
+    file; says what it took: a gate of the same shape, too, and alpha if both runs learn it."""
     if path.is_file():
         tensors = read_loralib(path, model.config.family)
         fill(adapters(model), tensors, f"{path} {OTHER_SHAPE}")
@@ -267,9 +267,9 @@ def start_from(model: Transformer, path: Path) -> str:
     head = task_head(model)
     ours = {n: p for n, p in trained_tensors(model).items() if n not in head}
     theirs = {n: w for n, w in read_run(path)[1].items() if n in ours or not n.startswith("head.")}
-    same = drop_other_gate(ours, theirs)
+    left_out = drop_other_gate(ours, theirs)
     fill(ours, theirs, f"what {path} has trained has not the shapes of this run's LoRA: it")
-    return "all but its head" + ("" if same else " and its gate, for want of one of this shape")
+    return "all but its head" + left_out
 
 
 def read_data(s: Settings, tokenizer: Tokenizer, positions: int) -> tuple[list[Example], Splits]:

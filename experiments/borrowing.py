@@ -37,7 +37,7 @@ from data import GLUE, Batch, Example, by_length, collate, read_e2e, read_glue
 from eval import load_model, read_run
 from experiments.controls import Arm, Pick, give, neighbour
 from model import Transformer
-from molex import MoLExConfig, upcycle
+from molex import MoLEx, MoLExConfig, upcycle
 from support.adapters import GATE
 from support.cli import Parser, at_least, command_line, pick_device
 from support.files import InputError, fill, make_folder, write_atomic
@@ -146,6 +146,8 @@ def main() -> None:
         gate = {n: w for n, w in tensors.items() if n.startswith(GATE)}
         gates["/".join(folder.parts[-2:])] = config.molex, gate
     model, tokenizer = load_model(args.model, pick_device(args.device))
+    if isinstance(model.layers, MoLEx):
+        raise InputError(f"{args.model} is a run with MoLEx; name it at the end, not as --model")
     encoder = not model.config.causal
     if encoder and gates:
         raise InputError(f"{args.model} is an encoder, which has no loss to compare runs by")

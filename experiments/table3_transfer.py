@@ -45,7 +45,7 @@ from data import GLUE, encode_glue, read_glue
 from eval import classify, load_run, read_run
 from experiments.small import finished_runs, runs_parser
 from support import settings
-from support.cli import command_line, pick_device
+from support.cli import command_line, pick_device, plain_path
 from support.files import InputError
 from support.tables import spread
 
@@ -102,7 +102,8 @@ def main() -> None:
     parser = runs_parser(about, what, "runs/table3")
     what = "tasks to evaluate on (all four)"
     parser.add_argument("--targets", nargs="+", choices=[*YES], default=[*YES], help=what)
-    parser.add_argument("--data", help="folder of their official files (default: the run's own)")
+    text = "folder of their official files (default: the run's own)"
+    parser.add_argument("--data", type=plain_path, help=text)
     args = parser.parse_args()
     folders, targets, data = finished_runs(args, SMALL), args.targets, args.data
     if not args.runs:

@@ -127,8 +127,8 @@ def main() -> None:
         "--noise-seeds", type=at_least(1), default=3, help="draws for each size (3)"
     )
     args = parser.parse_args()
-    if min(args.sizes) < 0:
-        raise InputError("--sizes cannot be below 0")
+    if not all(0 <= size < math.inf for size in args.sizes):
+        raise InputError("--sizes are numbers, none below 0")
     device, first = pick_device(args.device), {}
     configs = {folder: read_run(folder)[0] for folder in finished_runs(args, SMALL)}
     for folder, config in configs.items():

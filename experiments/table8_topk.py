@@ -21,7 +21,6 @@ Where the paper is silent:
 - One of the two may be the slot's own layer. It then runs once, and top-2 adds one other.
 """
 
-import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from data import GLUE
 from eval import accuracy
 from support import settings
 from support.cli import Parser, command_line, pick_device
+from support.files import read_table
 from support.runs import RunFolder
 from support.tables import spread
 
@@ -46,8 +46,8 @@ def scores(folder: Path, task: str) -> dict[str, float]:
     """The task's metric as the run reports it and, from its predictions, the accuracy."""
     metric = GLUE[task].metric
     found = {metric: RunFolder(folder).read_scores([metric])[metric]}
-    with (folder / "predictions.tsv").open(encoding="utf-8", newline="") as file:
-        rows = [*csv.DictReader(file, delimiter="\t")]
+    columns = ["prediction", "label"]
+    rows = [row for _, row in read_table(folder / "predictions.tsv", columns, "\t")]
     return found | {
         "accuracy": accuracy([r["prediction"] for r in rows], [r["label"] for r in rows])
     }
@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/table8"), help="where runs go")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
-    given = [] if args.model else SMALL
+    given = SMALL if args.model is None else []
     for name in ("model", "data", "epochs"):
-        if value := getattr(args, name):
+        if (value := getattr(args, name)) is not None:
             given = [*given, f"--{name}", value]
 
     table: dict[int, dict] = {}  # K -> (task, metric) -> a value for each seed

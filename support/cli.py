@@ -18,9 +18,13 @@ from support.files import InputError, reason
 def pick_device(name: str | None = None) -> torch.device:
     """The device of that name; by default CUDA, if there is one. Raises InputError."""
     try:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        if name is None:
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name} cannot be used here: {reason(error)}") from error
 
 
@@ -101,7 +105,7 @@ def plain_path(text: str) -> str:
 
 def layer_range(text: str) -> tuple[int, ...]:
     """The type of an argument such as "0-11" -> (0, 1, ..., 11)."""
-    ends = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     slots = ends and tuple(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     if not slots:
         raise argparse.ArgumentTypeError(f"{text!r} is no range of layers; write it as 0-11")

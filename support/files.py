@@ -226,8 +226,8 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder.resolve()
     file = path.with_name(f".{path.name}.lock")  # beside the folder, which --fresh replaces
     lock = portalocker.TemporaryFileLock(file, timeout=0)
-    new = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
+        new = [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
         print(os.getpid(), file=lock.acquire(), flush=True)
     except portalocker.AlreadyLocked:

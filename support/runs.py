@@ -21,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
@@ -181,10 +181,16 @@ class RunFolder:
             return min(log, key=lambda entry: entry["dev_loss"])
         return max(log, key=lambda entry: entry[self.metric])
 
-    def scores_of(self, log: list[dict], again: str) -> dict:
+    def reads_other_data(self, s: Settings) -> bool:
+        """Whether `s`, by which the run is evaluated, names other data than it was trained on."""
+        return files.read_json(self.path / "config.json").get("data") != s.data
+
+    def scores_of(self, log: list[dict], s: Settings, again: str) -> dict:
         """What the best epoch's entry has for scores.json. Another evaluation (`again`) has not the
-        examples of training."""
+        examples of training, one on other data not the dev loss of the run's own."""
         left_out = {"curve", "examples"} if again else {"curve"}
+        if self.reads_other_data(s):
+            left_out.add("dev_loss")
         entry = self.best_of(log)
         return {name: value for name, value in entry.items() if name not in left_out}
 
@@ -204,13 +210,12 @@ class RunFolder:
 
     @contextmanager
     def evaluating(
-        self, s: Settings, data: Iterable[Path], again: str = ""
+        self, s: Settings, data: Callable[[], Iterable[Path]], again: str = ""
     ) -> Iterator["RunFolder"]:
         """Where the evaluation goes: this folder, or one within it if the run is unfinished, or is
         evaluated `again` with other settings. Raises InputError if the run was made of another
-        checkpoint or, unless other data is asked for, the data has changed."""
-        same = files.read_json(self.path / "config.json").get("data") == s.data
-        self.check_files(s, data if same else (), PUT_BACK)
+        checkpoint or, unless other data is asked for, if `data()` has changed."""
+        self.check_files(s, () if self.reads_other_data(s) else data(), PUT_BACK)
         log, out = self.read_log(), self
         steps = s.epochs * log[0]["step"]
         if s.max_steps:
@@ -255,7 +260,10 @@ class RunFolder:
         files.write_text(self.path / "samples.txt", "\n".join(parts))
 
     def print_samples(self) -> None:
-        samples = (self.path / "samples.txt").read_text("utf-8")  # none is no error
+        try:
+            samples = (self.path / "samples.txt").read_text("utf-8")  # none is no error
+        except (OSError, ValueError) as error:
+            samples = f"  (samples.txt cannot be read: {files.reason(error)})\n"
         print(f"\n{self.path.name} says:\n\n{samples}")
 
     def write_scores(self, scores: dict, log: list[dict], shares: Tensor | None) -> None:
@@ -284,15 +292,24 @@ class RunFolder:
         return outputs, [group.split("\n") for group in groups]
 
 
-def drop_other_gate(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Whether two runs' gates and alphas have the same shapes; if not, they go from both."""
-    both = [{n: x.shape for n, x in d.items() if n.startswith(GATE)} for d in (ours, theirs)]
-    same = both[0] == both[1]
-    if not same:
-        for tensors, gate in zip((ours, theirs), both, strict=True):
-            for name in gate:
-                del tensors[name]
-    return same
+def drop_other_gate(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """Of two runs' tensors the gates and alphas go unless the gates have the same shapes; the alpha
+    alone goes if only one of the two has learned it. Returns how to say it."""
+    gates, alphas = (
+        [{n: x.shape for n, x in d.items() if n.startswith(start)} for d in (ours, theirs)]
+        for start in GATE
+    )
+    if gates[0] != gates[1]:
+        gone, said = GATE, " and its gate, for want of one of this shape"
+        said = said if gates[1] else "; it has no gate"
+    elif alphas[0] != alphas[1]:
+        gone, said = GATE[1:], " and alpha, which only one of the two learns"
+    else:
+        return ""
+    for tensors in (ours, theirs):
+        for name in [name for name in tensors if name.startswith(gone)]:
+            del tensors[name]
+    return said
 
 
 def differences(then: dict, now: dict) -> list[str]:
@@ -326,15 +343,22 @@ def sha256(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256. Raises InputError if the file cannot be read."""
+    try:
+        stat = path.stat()
+        return sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
 def hashes(s: Settings, data: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of the files that a run reads, by name, in a checkpoint by the path within it; not of
-    what comes from the hub's data sets. What is missing fails where it is read."""
-    folder, found = checkpoint_folder(s.model), {}
+    what comes from the hub's data sets. Raises InputError if one cannot be read."""
+    folder = checkpoint_folder(s.model)
     named = {os.path.relpath(path, folder): path for path in checkpoint_files(folder)}
-    for name, path in (named | {path.name: path for path in data}).items():
-        stat = path.stat()
-        found[name] = sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    return found
+    named |= {path.name: path for path in data}
+    return {name: file_hash(path) for name, path in named.items()}
 
 
 def init_hash(s: Settings) -> str | None:
@@ -342,9 +366,7 @@ def init_hash(s: Settings) -> str | None:
     if not s.init:
         return None
     path = Path(s.init)
-    path = path / "adapter.safetensors" if path.is_dir() else path
-    stat = path.stat()
-    return sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    return file_hash(path / "adapter.safetensors" if path.is_dir() else path)
 
 
 def origin(s: Settings, data: Iterable[Path], layers: str) -> dict:

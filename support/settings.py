@@ -12,6 +12,7 @@ these count, the later ones more:
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from typing import Any, get_args, get_origin
 
 from support.checkpoints import check_dropouts, checkpoint_folder, read_config
 from support.cli import Parser, at_least, layer_range, plain_path
-from support.files import InputError, check, read_json
+from support.files import InputError, check, locate, read_json
 from support.processes import say
 
 PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8"))
@@ -273,6 +274,7 @@ def parse_command(
     if args.help:
         print_help(gate, tasks, args)
     runs = settle_all(args, gate)
+    locate(args.out / runs[0].name)  # a name too long fails here, not in the middle
     if "dropout" not in vars(args) and any(s.task not in ("e2e", "alpaca") for s in runs):
         check_dropouts(checkpoint_folder(args.model) / "config.json")
     say_idle(args, runs, gate)
@@ -367,6 +369,9 @@ def evaluated_again(
     changes = {name: value for name, value in wanted.items() if value != getattr(s, name)}
     again = replace(s, **changes)
     check_fields(again, "--")
+    if "data" in changes:  # a path may be long, and another may end alike
+        digest = hashlib.sha256(args.data.encode()).hexdigest()
+        changes["data"] = f"{Path(args.data).name}-{digest[:8]}"
     parts = [f"{name}-{value}" for name, value in sorted(changes.items())]
     return again, re.sub(r"[^\w.]+", "-", "-".join(parts).replace("_", "-"))
 

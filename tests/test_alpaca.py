@@ -16,7 +16,7 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-from conftest import VOCAB, run_main, tiny
+from conftest import VOCAB, call, run_main, tiny
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, models, trainers
@@ -567,6 +567,18 @@ def test_evaluating_again_gives_the_same(compared):
     before = json.loads((compared[True] / "scores.json").read_text())
     with mock.patch("support.runs.plot_routes"):
         assert evaluation.evaluate_run(compared[True], CPU) == before
+
+
+def test_a_finished_run_whose_data_has_gone(tmp_path, failure):
+    data = tmp_path / "alpaca.json"
+    data.write_text(json.dumps(instructions()))
+    flags = f"--model nano/gpt2 --task alpaca --data {data} --no-molex --max-steps 1"
+    flags += f" --max-new-tokens 4 --beams 1 --out {tmp_path / 'out'}"
+    run_main(flags)
+    data.rename(tmp_path / "elsewhere.json")
+    run = tmp_path / "out/nano-gpt2-alpaca-lora-s0"
+    for command in ((run_main, flags), (call, evaluation, run)):
+        assert failure(*command) == f"error: cannot read {data}: No such file or directory"
 
 
 def test_a_dev_set_of_prompts_too_long_to_answer_is_still_scored(tmp_path, tokenizer):

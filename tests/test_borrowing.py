@@ -137,6 +137,7 @@ def test_an_encoder_has_ratios_and_no_loss(tmp_path):
             "no text .* has two tokens",
         ),
         (["--model", "ONE"], "has one layer, so none to borrow"),
+        (["--model", "RUN"], "is a run with MoLEx; name it at the end"),
     ],
 )
 def test_what_does_not_fit_is_named(run_folder, tmp_path, failure, flags, message):

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call, need_shared, run_main, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from tokenizers import Tokenizer as BPE
@@ -928,6 +928,27 @@ def test_init_from_takes_the_lora_and_a_gate_of_the_same_shape_but_no_head(
     said = capsys.readouterr().out
     assert f"starts from {mnli[True]}: all but its head" in said
     assert ("and its gate, for want of one of this shape" in said) == (not flags)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_init_from_takes_the_gate_where_only_one_of_the_two_learns_alpha(
+    roberta, glue, mnli, tmp_path, capsys, learns
+):
+    """The gate is of the same shape; alpha stays as it is or begins anew, which is said."""
+    init = mnli[True]
+    if learns:
+        init = Path(shutil.copytree(mnli[True], tmp_path / "fixed"))
+        tensors = load_file(init / "adapter.safetensors")
+        del tensors["layers.alpha_logit"]
+        save_file(tensors, init / "adapter.safetensors")
+    flags = f"{GATE_OF_MNLI} --init-from {init} " + ("" if learns else "--no-learn-alpha")
+    ours = prepared(roberta, glue, flags)[1]
+    theirs = load_file(init / "adapter.safetensors")
+    gate = [name for name in theirs if name.startswith("layers.gates.")]
+    assert gate and all(torch.equal(ours[name], theirs[name]) for name in gate)
+    assert ("layers.alpha_logit" in ours) == learns
+    said = capsys.readouterr().out
+    assert "all but its head and alpha, which only one of the two learns" in said
 
 
 def test_table_9_is_one_command(hub, roberta, mnli):

@@ -192,6 +192,21 @@ def test_a_run_is_decoded_again_into_a_folder_of_its_own(run, capsys):
     assert {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()} == before
 
 
+def test_a_run_is_evaluated_on_other_data(run, tmp_path, capsys):
+    """Only what is scored has to be there, under whatever path: no training set, and no dev set, so
+    no dev loss either. Of two folders of one name each has a place of its own."""
+    lines = (ROOT / "nano/e2e/testset_w_refs.csv").read_text().splitlines(keepends=True)
+    for parent in ("a" * 150, "b" * 150):
+        folder = tmp_path / parent / "official"
+        folder.mkdir(parents=True)
+        (folder / "testset_w_refs.csv").write_text("".join(lines[:3]))
+        call(evaluation, run, "--data", folder, "--beams", 1)
+        assert "dev loss" not in capsys.readouterr().out
+    found = sorted(run.glob("beams-1-data-official-*"))
+    assert len(found) == 2
+    assert all("dev_loss" not in json.loads((f / "scores.json").read_text()) for f in found)
+
+
 def test_a_run_is_not_evaluated_with_other_settings_of_training(run, failure):
     for flag in (
         "--lr 1",

@@ -123,6 +123,15 @@ def test_files_beside_a_checkpoint_that_nobody_reads(home, capsys):
     call(evaluation, scores.parent, "--prompt", "name[A]")
 
 
+def test_samples_that_have_gone_cost_no_table(home, capsys):
+    run_main(FLAGS)
+    (home / "runs/model-e2e-lora-s0/samples.txt").unlink()
+    capsys.readouterr()
+    run_main(FLAGS)
+    said = capsys.readouterr().out
+    assert "samples.txt cannot be read: " in said and "BLEU" in said
+
+
 def test_other_beams_are_no_leave_for_other_data(home, failure):
     run_main(FLAGS)
     run = home / "runs/model-e2e-lora-s0"

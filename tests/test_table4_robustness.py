@@ -162,7 +162,8 @@ def test_a_run_on_a_part_of_its_dev_set_is_evaluated_on_that_part(small, tmp_pat
         ({"eval_batch": 7}, [], r".* has another eval_batch than the run on cola .*"),
         ({"task": "stsb"}, [], r".* is a run on stsb, which has no accuracy"),
         ({"task": "e2e"}, [], r".* is a run on e2e, which has no accuracy"),
-        ({}, ["--sizes", "-1"], r"--sizes cannot be below 0"),
+        ({}, ["--sizes", "-1"], r"--sizes are numbers, none below 0"),
+        ({}, ["--sizes", "0", "nan"], r"--sizes are numbers, none below 0"),
         ({}, ["--noise-seeds", "0"], r"argument --noise-seeds: 0 is less than 1"),
     ],
 )

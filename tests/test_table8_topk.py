@@ -5,6 +5,7 @@ pytest tests/test_table8_topk.py
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,25 @@ def test_paper_numbers():
     ]
 
 
+def test_damaged_predictions(small, table, tmp_path, failure):
+    folder = Path(shutil.copytree(runs(small)[1], tmp_path / "run"))
+    file = folder / "predictions.tsv"
+    file.write_text(file.read_text().replace("prediction", "said"))
+    error = failure(table8.scores, folder, "cola")
+    assert error == f"error: {file} has no column prediction"
+    file.unlink()
+    assert f"cannot read {file}" in failure(table8.scores, folder, "cola")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--task", "qqp"], r".*QQP/train.tsv is missing; .*"),
         (["--task", "stsb"], r".*invalid choice: 'stsb'.*"),
         (["--epochs", "0"], r"--epochs cannot be 0: it is 1 or more"),
+        (["--model", ""], r".*argument --model: it is empty"),
+        (["--data", ""], r".*argument --data: it is empty"),
+        (["--epochs", ""], r".*argument --epochs: invalid int value: ''"),
         (["--model", "nowhere/at-all"], r"model 'nowhere/at-all' is neither .*"),
     ],
 )

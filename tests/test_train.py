@@ -1073,6 +1073,10 @@ def bad_csv(tmp_path, text):
         ("--data nosuch", "trainset.csv is missing"),
         ("--device nosuch", "--device nosuch cannot be used here"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--device hpu", "--device hpu cannot be used here"),
+        ("--device meta", "--device meta cannot be used here: it computes nothing"),
+        ("--device=", "--device  cannot be used here"),
+        ("--molex-layers 0-99999999999", "'0-99999999999' is no range of layers"),
         ("--cuda-graphs --device cpu", "--cuda-graphs needs a GPU"),
         ("--max-length 10", "no prompt fits into 10 tokens"),
         ("csv:", "trainset.csv is empty"),
@@ -1088,6 +1092,12 @@ def test_bad_input_is_one_line_and_exit_2(failure, tmp_path, flags, message):
     out = tmp_path / "runs"
     assert message in failure(run_main, flags, f"--out {out}")
     assert not out.exists()
+
+
+def test_a_folder_whose_name_is_too_long(failure, tmp_path):
+    error = failure(run_main, "--max-steps 1", f"--out {tmp_path / ('x' * 300)}")
+    assert error.endswith("is not a path: File name too long")
+    assert not any(tmp_path.iterdir())
 
 
 def test_broken_weights_stop_a_run_before_it_starts(failure, tmp_path):
