@@ -398,7 +398,7 @@ def beam_search(
 def generate(
     model: Transformer, tokenizer: Tokenizer, prompts: list, batch_size: int = 16, **search: float
 ) -> list[str]:
-    """A language model's answer to each prompt, a text as in E2E or token ids: `beam_search`."""
+    """A language model's answer to each prompt, text as in E2E or token ids; see `beam_search`."""
     ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     if isinstance(prompts, str) or not all(ids):
         raise InputError("prompts are a list (one text is [text]), and none of them is empty")

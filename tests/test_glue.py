@@ -961,7 +961,7 @@ def test_table_9_is_one_command(hub, roberta, mnli):
         assert s == replace(plain, init=init)
 
 
-def test_init_from_a_run_without_molex(roberta, glue, mnli):
+def test_init_from_a_run_without_molex(roberta, glue, mnli, capsys):
     theirs = load_file(mnli[False] / "adapter.safetensors")
     fresh, start = prepared(roberta, glue, "")
     for flags in ("", "--no-molex"):
@@ -971,6 +971,7 @@ def test_init_from_a_run_without_molex(roberta, glue, mnli):
         gate = {n for n in ours if n.startswith(("layers.gates", "layers.alpha"))}
         assert gate == {n for n in start if s.molex and n.startswith(("layers.g", "layers.alpha"))}
         assert s.molex in (None, fresh.molex)
+        assert ("all but its head; it has no gate" in capsys.readouterr().out) == bool(s.molex)
 
 
 def test_init_from_a_run_that_trained_everything(roberta, glue, tmp_path):
