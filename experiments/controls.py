@@ -71,7 +71,7 @@ CPU, 11 on an H100 (STS-B: 150 steps). RESULTS.md has the tables.
    pretrained model 3 nats a token (borrowing.py): which layers join seems to slow learning, rather
    than that there are two.
 10. There MoLEx's run has 68.1 without its second layers, and LoRA's run keeps 79.6 of 83.8 with the
-    neighbour, 58.4 with MoLEx's gate: it is training that suffers.
+    neighbour, 58.4 with MoLEx's gate: which layers join harms training, and use as well.
 11. With three seeds MoLEx has 67.35 for 83.94; at the slot's own size 82.34, on STS-B 48.66 where
     MoLEx has 14.91 and LoRA 60.56: there most of what MoLEx costs is gone.
 """

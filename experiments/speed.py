@@ -61,7 +61,7 @@ three rounds, as ratios: median (lowest-highest). The machine was busy: no absol
 SmolLM2 with `--prompts 4 --fit 15`. Its training is bound by products of matrices, of which peft
 does only 1.15 times as many.
 
-CUDA has not been run yet.
+On CUDA this script has not been run yet.
 """
 
 import gc
