@@ -4,8 +4,8 @@
 
 u_j(z) = block_j(z) - z is what layer j adds to the hidden state. The place t in the stack is called
 a slot. Its own layer t keeps the share alpha = 0.95; the rest goes to the K layers (K = 1) that a
-gate has chosen among all T. Layers are shared, where sparse upcycling (1.1) copies them: the only
-new parameters are the gate's and, if it is learned, alpha.
+gate has chosen among all T. The paper calls this sparse upcycling (1.1); that usually copies
+layers, here they are shared: the only new parameters are the gate's and, if it is learned, alpha.
 
     upcycle(add_lora(load("gpt2-medium"), r=4, alpha=32), MoLExConfig(layers=tuple(range(12))))
     python molex.py                     one sentence's way through nano/gpt2, slot by slot
